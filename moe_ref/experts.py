@@ -1,0 +1,137 @@
+"""All experts of a layer: their weights stacked, and the ways to multiply by them."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .ffn import activate, check_sizes, is_gated
+
+BACKENDS = ("auto", "loop", "grouped")
+
+
+class Experts(nn.Module):
+    """n_experts feed-forward blocks, each applied to its own run of rows.
+
+    Args:
+        n_experts: how many blocks.
+        d_model: features of a row.
+        d_ff: hidden features of each block.
+        activation: as in `FeedForward`.
+        bias: as in `FeedForward`.
+        backend: "loop", one matrix product after the other, any dtype; "grouped", torch's
+            grouped_mm, for float32, float16 and bfloat16 with d_model and d_ff a multiple of
+            16 bytes; "auto", grouped on a GPU where it applies, else the loop.
+
+    `gate_up` is [n_experts, 2 * d_ff, d_model], the rows of the gate first; blocks without a gate
+    have `up`, [n_experts, d_ff, d_model]. `down` is [n_experts, d_model, d_ff]. Biases, if any,
+    are `gate_up_bias` or `up_bias`, and `down_bias`. Hugging Face models use the same layout.
+
+    Raises:
+        ValueError: if a size is below 1, a name is unknown, or the input doesn't fit.
+    """
+
+    def __init__(
+        self,
+        n_experts: int,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_sizes(n_experts=n_experts, d_model=d_model, d_ff=d_ff)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
+        self.n_experts, self.d_model, self.d_ff = n_experts, d_model, d_ff
+        self.activation = activation
+        self.backend = backend
+        gated = is_gated(activation)
+        self.into = "gate_up" if gated else "up"
+        self._add_projection(self.into, d_model, 2 * d_ff if gated else d_ff, bias)
+        self._add_projection("down", d_ff, d_model, bias)
+
+    def _add_projection(self, name: str, inputs: int, outputs: int, bias: bool) -> None:
+        """Stacked weights and biases, each expert drawn as nn.Linear draws its own."""
+        bound = inputs**-0.5
+        weight = torch.empty(self.n_experts, outputs, inputs).uniform_(-bound, bound)
+        self.register_parameter(name, nn.Parameter(weight))
+        offset = torch.empty(self.n_experts, outputs).uniform_(-bound, bound) if bias else None
+        self.register_parameter(f"{name}_bias", None if offset is None else nn.Parameter(offset))
+
+    def forward(
+        self, rows: Float[Tensor, "rows d_model"], counts: Int[Tensor, " n_experts"]
+    ) -> Float[Tensor, "rows d_model"]:
+        """Apply expert e to the next counts[e] rows, for every e in order."""
+        into, into_bias = getattr(self, self.into), getattr(self, f"{self.into}_bias")
+        rows, into, into_bias, down, down_bias = autocast(
+            rows, into, into_bias, self.down, self.down_bias
+        )
+        project = self._projection(rows, into, counts)
+        hidden = activate(project(rows, counts, into, into_bias), self.activation)
+        return project(hidden, counts, down, down_bias)
+
+    def _projection(self, rows: Tensor, weight: Tensor, counts: Tensor):
+        """The backend for this input; a ValueError if there is none."""
+        if rows.shape[-1] != self.d_model:
+            raise ValueError(f"rows have {rows.shape[-1]} features, not d_model={self.d_model}")
+        if rows.dtype != weight.dtype:
+            raise ValueError(f"rows are {rows.dtype}, but the experts are {weight.dtype}")
+        fits = (
+            rows.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and self.d_model * rows.itemsize % 16 == 0
+            and self.d_ff * rows.itemsize % 16 == 0
+        )
+        if self.backend == "grouped" and not fits:
+            raise ValueError(
+                f"backend='grouped' takes float32, float16 or bfloat16 and rows of a multiple of "
+                f"16 bytes, not {rows.dtype}, d_model={self.d_model}, d_ff={self.d_ff}: use 'loop'"
+            )
+        if self.backend == "grouped" or (self.backend == "auto" and fits and rows.is_cuda):
+            return project_grouped
+        return project_loop
+
+
+def project_loop(
+    rows: Float[Tensor, "rows inputs"],
+    counts: Int[Tensor, " n_experts"],
+    weight: Float[Tensor, "n_experts outputs inputs"],
+    bias: Float[Tensor, "n_experts outputs"] | None,
+) -> Float[Tensor, "rows outputs"]:
+    """One matrix product for each expert that has rows."""
+    sizes = counts.tolist()
+    if sum(sizes) != len(rows):
+        raise ValueError(f"counts sum to {sum(sizes)}, but there are {len(rows)} rows")
+    # unbind, not weight[e]: its backward stacks the gradients once and leaves idle ones at zero,
+    # where indexing would add up n_experts tensors of the full size.
+    weights = weight.unbind()
+    biases = [None] * len(weights) if bias is None else bias.unbind()
+    runs = rows.split(sizes)
+    # With no rows at all one empty product still ties the output to the weights.
+    busy = [e for e, size in enumerate(sizes) if size] or [0]
+    return torch.cat([F.linear(runs[e], weights[e], biases[e]) for e in busy])
+
+
+def project_grouped(
+    rows: Float[Tensor, "rows inputs"],
+    counts: Int[Tensor, " n_experts"],
+    weight: Float[Tensor, "n_experts outputs inputs"],
+    bias: Float[Tensor, "n_experts outputs"] | None,
+) -> Float[Tensor, "rows outputs"]:
+    """All matrix products in one call: row i times the weight of the run it lies in."""
+    ends = counts.cumsum(0).to(torch.int32)
+    answers = F.grouped_mm(rows.contiguous(), weight.transpose(-2, -1), offs=ends)
+    if bias is None:
+        return answers
+    return answers + bias.repeat_interleave(counts, dim=0, output_size=len(rows))
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Do by hand what autocast does to F.linear, which it does not do to grouped_mm."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]

@@ -1,0 +1,75 @@
+"""The dense feed-forward block: what a transformer layer has, and what every expert is."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+# name: (gated, the function applied). Gated blocks multiply act(gate) by a second projection, up.
+ACTIVATIONS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
+    "swiglu": (True, F.silu),
+    "geglu": (True, F.gelu),
+    "gelu": (False, F.gelu),
+    "relu": (False, F.relu),
+    "silu": (False, F.silu),
+}
+
+
+class FeedForward(nn.Module):
+    """y = down(act(up(x))), or with a gate y = down(act(gate(x)) * up(x)).
+
+    Args:
+        d_model: features of a token.
+        d_ff: hidden features.
+        activation: "swiglu" or "geglu" (gated), "gelu" (exact, by erf), "relu" or "silu".
+        bias: whether each projection adds one.
+
+    A gated block keeps both input projections in `gate_up`, weight [2 * d_ff, d_model], the rows
+    of the gate first; an ungated one has `up`, weight [d_ff, d_model]. Both have `down`, weight
+    [d_model, d_ff].
+
+    Raises:
+        ValueError: if a size is below 1 or the activation is unknown.
+
+    Source: Vaswani et al. 2017, section 3.3; gated forms: Shazeer 2020 (2002.05202).
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, *, activation: str = "swiglu", bias: bool = False
+    ) -> None:
+        super().__init__()
+        check_sizes(d_model=d_model, d_ff=d_ff)
+        self.activation = activation
+        if is_gated(activation):
+            self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=bias)
+        else:
+            self.up = nn.Linear(d_model, d_ff, bias=bias)
+        self.down = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        hidden = self.gate_up(x) if is_gated(self.activation) else self.up(x)
+        return self.down(activate(hidden, self.activation))
+
+
+def activate(hidden: Float[Tensor, "... hidden"], activation: str) -> Float[Tensor, "... d_ff"]:
+    """Apply an activation; a gated one takes [gate, up] side by side and halves the width."""
+    gated, function = ACTIVATIONS[activation]
+    if not gated:
+        return function(hidden)
+    gate, up = hidden.chunk(2, dim=-1)
+    return function(gate) * up
+
+
+def is_gated(activation: str) -> bool:
+    """Whether an activation multiplies two projections; ValueError if the name is unknown."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[activation][0]
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise a ValueError that names the first size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
