@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from .routing import Routing
@@ -208,12 +208,12 @@ def roofline(
     for (name, (xs, ys)), (colour, marker) in zip(points.items(), looks, strict=False):
         axes.plot(_array(xs), _array(ys) / 1e9, marker, color=colour, ms=6, label=name)
     axes.axvline(flops / bandwidth, color="black", linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate("memory-bound", (flops / bandwidth, 0.04), xycoords=("data", "axes fraction"),
-                  xytext=(-6, 0), textcoords="offset points", ha="right", fontsize=9)  # fmt: skip
-    axes.annotate("compute-bound", (flops / bandwidth, 0.04), xycoords=("data", "axes fraction"),
-                  xytext=(6, 0), textcoords="offset points", fontsize=9)  # fmt: skip
+    for name, offset, side in (("memory-bound", -6, "right"), ("compute-bound", 6, "left")):
+        axes.annotate(name, (flops / bandwidth, 0.94), xycoords=("data", "axes fraction"), ha=side,
+                      xytext=(offset, 0), textcoords="offset points", fontsize=9)  # fmt: skip
     _scale(axes, "xy")
-    axes.legend()
+    axes.set_ylim(top=2 * flops / 1e9)  # room for the words above the limit
+    axes.legend(loc="lower right")
     plt.show()
 
 
@@ -235,8 +235,14 @@ def _scale(axes: Axes, log: str) -> None:
     for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         if name in log:
             getattr(axes, f"set_{name}scale")("log", base=2 if name == "x" else 10)
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            if name == "y":  # a label at 1, 2 and 5: less than one decade may be in sight
+                axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
             axis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
 
 
 def _array(values: ArrayLike) -> np.ndarray:

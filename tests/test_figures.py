@@ -112,7 +112,9 @@ def test_ink_on_a_palette_colour_can_be_read(number):
 
     def luminance(colour):
         channels = np.array(matplotlib.colors.to_rgb(colour))
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        linear = np.where(
+            channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
+        )
         return linear @ [0.2126, 0.7152, 0.0722]
 
     colour = figures.COLOURS[number]
