@@ -136,7 +136,9 @@ def main() -> None:
     for shape in options.shape:
         for dtype in options.dtype:
             for tokens in options.tokens:
-                print(row(shape, tokens, DTYPES[dtype], options.backward, limits[dtype]), flush=True)
+                print(
+                    row(shape, tokens, DTYPES[dtype], options.backward, limits[dtype]), flush=True
+                )
 
 
 if __name__ == "__main__":

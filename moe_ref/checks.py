@@ -45,7 +45,7 @@ def feed_forward(x: Tensor, into: Tensor, down: Tensor, activation: str = "swigl
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """exp of each logit over the sum of all; the largest is subtracted so that exp can't overflow."""
+    """exp of each logit over their sum; less the largest first, so that exp can't overflow."""
     powers = torch.exp(logits - logits.detach().max())
     return powers / powers.sum()
 
@@ -135,6 +135,27 @@ def ffn_cost(attempt: Callable) -> None:
     _grade(attempt, specification, cases())
 
 
+def balance_tokens(attempt: Callable) -> None:
+    """Exercise of 01: balance_tokens(flops_per_second, bytes_per_second, bytes_per_weight)."""
+
+    def specification(
+        flops_per_second: float, bytes_per_second: float, bytes_per_weight: float
+    ) -> float:
+        seconds_to_read = bytes_per_weight / bytes_per_second  # one weight, whatever the tokens
+        seconds_per_token = 2 / flops_per_second  # one multiplication and one addition with it
+        return seconds_to_read / seconds_per_token
+
+    def cases() -> Iterator[dict[str, Any]]:
+        for flops, bandwidth, size in [(8.0, 1.0, 1.0), (100e9, 20e9, 4.0), (989e12, 3.35e12, 2.0)]:
+            yield {
+                "flops_per_second": flops,
+                "bytes_per_second": bandwidth,
+                "bytes_per_weight": size,
+            }
+
+    _grade(attempt, specification, cases())
+
+
 def top_k_routing(attempt: Callable) -> None:
     """Exercise of 02: top_k_routing(logits, k, renormalize) -> (experts, weights) [tokens, k]."""
 
@@ -163,7 +184,13 @@ def moe_forward(attempt: Callable) -> None:
         return moe(x, router, gate_up, down, k=k)
 
     def cases() -> Iterator[dict[str, Any]]:
-        sizes = [(1, 2, 1, 1, 1), (1, 2, 2, 3, 1), (2, 2, 2, 3, 2), (5, 4, 6, 8, 2), (7, 4, 6, 4, 4)]
+        sizes = [
+            (1, 2, 1, 1, 1),
+            (1, 1, 1, 2, 2),
+            (2, 2, 2, 3, 2),
+            (5, 4, 6, 8, 2),
+            (7, 4, 6, 4, 4),
+        ]
         for tokens, d_model, d_ff, n_experts, k in sizes:
             yield {
                 "x": _normal(tokens, d_model),
@@ -214,6 +241,8 @@ def _agree(given: Any, expected: Any) -> bool:
     if isinstance(expected, tuple):
         pair = isinstance(given, tuple | list) and len(given) == len(expected)
         return pair and all(_agree(g, e) for g, e in zip(given, expected, strict=True))
+    if isinstance(expected, float):
+        return isinstance(given, int | float) and math.isclose(given, expected, rel_tol=1e-6)
     if not isinstance(expected, Tensor):
         return bool(given == expected)
     if not isinstance(given, Tensor) or given.shape != expected.shape:

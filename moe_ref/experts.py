@@ -1,5 +1,7 @@
 """All experts of a layer: their weights stacked, and the ways to multiply by them."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -30,6 +32,9 @@ class Experts(nn.Module):
     Raises:
         ValueError: if a size is below 1, a name is unknown, or the input doesn't fit.
     """
+
+    down: Tensor
+    down_bias: Tensor | None
 
     def __init__(
         self,
@@ -65,20 +70,18 @@ class Experts(nn.Module):
         self, rows: Float[Tensor, "rows d_model"], counts: Int[Tensor, " n_experts"]
     ) -> Float[Tensor, "rows d_model"]:
         """Apply expert e to the next counts[e] rows, for every e in order."""
-        into, into_bias = getattr(self, self.into), getattr(self, f"{self.into}_bias")
-        rows, into, into_bias, down, down_bias = autocast(
-            rows, into, into_bias, self.down, self.down_bias
-        )
-        project = self._projection(rows, into, counts)
-        hidden = activate(project(rows, counts, into, into_bias), self.activation)
-        return project(hidden, counts, down, down_bias)
-
-    def _projection(self, rows: Tensor, weight: Tensor, counts: Tensor):
-        """The backend for this input; a ValueError if there is none."""
         if rows.shape[-1] != self.d_model:
             raise ValueError(f"rows have {rows.shape[-1]} features, not d_model={self.d_model}")
-        if rows.dtype != weight.dtype:
-            raise ValueError(f"rows are {rows.dtype}, but the experts are {weight.dtype}")
+        if torch.is_autocast_enabled(rows.device.type):
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        elif rows.dtype != self.down.dtype:
+            raise ValueError(f"rows are {rows.dtype}, but the experts are {self.down.dtype}")
+        project = self._backend_for(rows)
+        into, into_bias = getattr(self, self.into), getattr(self, f"{self.into}_bias")
+        hidden = activate(project(rows, counts, into, into_bias), self.activation)
+        return project(hidden, counts, self.down, self.down_bias)
+
+    def _backend_for(self, rows: Tensor) -> Callable[..., Tensor]:
         fits = (
             rows.dtype in (torch.float32, torch.float16, torch.bfloat16)
             and self.d_model * rows.itemsize % 16 == 0
@@ -122,16 +125,8 @@ def project_grouped(
 ) -> Float[Tensor, "rows outputs"]:
     """All matrix products in one call: row i times the weight of the run it lies in."""
     ends = counts.cumsum(0).to(torch.int32)
+    weight = weight.to(rows.dtype)  # autocast does that for F.linear, but not for grouped_mm
     answers = F.grouped_mm(rows.contiguous(), weight.transpose(-2, -1), offs=ends)
     if bias is None:
         return answers
-    return answers + bias.repeat_interleave(counts, dim=0, output_size=len(rows))
-
-
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Do by hand what autocast does to F.linear, which it does not do to grouped_mm."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return answers + bias.to(rows.dtype).repeat_interleave(counts, dim=0, output_size=len(rows))

@@ -7,12 +7,14 @@ by a marker, a hatch, a number or a place.
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import ArrayLike
 
@@ -23,7 +25,7 @@ COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 HATCHES = ["", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 DASHES = ["-", "--", ":", "-."]
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 110,
     "font.size": 10,
     "axes.titlesize": 11,
@@ -75,7 +77,9 @@ def bars(values: Mapping[str, ArrayLike], labels: Sequence[str], *, title: str, 
     axes = _axes(title, "", y, size=(max(5.0, 0.5 * len(labels) * len(values)), 3.2))
     width = 0.8 / len(values)
     looks = zip(cycle(COLOURS), cycle(HATCHES), strict=False)
-    for i, ((name, heights), (colour, hatch)) in enumerate(zip(values.items(), looks, strict=False)):
+    for i, ((name, heights), (colour, hatch)) in enumerate(
+        zip(values.items(), looks, strict=False)
+    ):
         at = np.arange(len(labels)) + (i - (len(values) - 1) / 2) * width
         drawn = axes.bar(at, _array(heights), width * 0.92, label=name, color=colour, hatch=hatch,
                          edgecolor="white")  # fmt: skip
@@ -88,18 +92,23 @@ def bars(values: Mapping[str, ArrayLike], labels: Sequence[str], *, title: str, 
 
 
 def stack(
-    parts: Mapping[str, ArrayLike], labels: Sequence[str], *, title: str, x: str = "share in percent"
+    parts: Mapping[str, ArrayLike],
+    labels: Sequence[str],
+    *,
+    title: str,
+    x: str = "share in percent",
 ) -> None:
     """One horizontal bar for each label, cut into named parts, each part's value written in it."""
     axes = _axes(title, x, "", size=(7.0, 1.0 + 0.5 * len(labels)))
     start = np.zeros(len(labels))
+    longest = np.sum([_array(values) for values in parts.values()], axis=0).max()
     looks = zip(cycle(COLOURS), cycle(HATCHES), strict=False)
     for (name, values), (colour, hatch) in zip(parts.items(), looks, strict=False):
         lengths = _array(values)
         axes.barh(labels, lengths, left=start, label=name, color=colour, hatch=hatch,
                   edgecolor="white")  # fmt: skip
         for row, (left, length) in enumerate(zip(start, lengths, strict=True)):
-            if length > 0.06 * max(sum(_array(v)[row] for v in parts.values()), 1e-9):
+            if length > 0.06 * longest:  # else the number would not fit
                 axes.text(left + length / 2, row, f"{length:.3g}", ha="center", va="center",
                           fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 1.5})  # fmt: skip
         start = start + lengths
@@ -130,7 +139,7 @@ def matrix(
     axes.set_yticks(range(grid.shape[0]), rows or [str(i) for i in range(grid.shape[0])])
     if grid.size <= 200:
         for (row, column), value in np.ndenumerate(grid):
-            dark = image.norm(value) > 0.55
+            dark = value - grid.min() > 0.55 * np.ptp(grid)
             axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=8,
                       color="white" if dark else "black")  # fmt: skip
     axes.figure.colorbar(image, label=unit, shrink=0.9)
@@ -168,10 +177,10 @@ def routing(decision: Routing, tokens: Sequence[str], *, title: str) -> None:
 
 def text(tokens: Sequence[str], experts: Sequence[int], *, title: str, width: int = 84) -> None:
     """Running text, each token on the colour of its expert, whose number stands below it."""
-    boxes, column, line = [], 0, 0
+    boxes, column, line = [], 0.0, 0
     for token in map(_visible, tokens):
         if column and column + len(token) > width:
-            column, line = 0, line + 1
+            column, line = 0.0, line + 1
         boxes.append((token, column, line))
         column += len(token) + 0.6
     axes = _axes(title, "", "", size=(8.6, 0.7 + 0.52 * (line + 1)))
@@ -179,7 +188,7 @@ def text(tokens: Sequence[str], experts: Sequence[int], *, title: str, width: in
     axes.axis("off")
     for (token, left, row), expert in zip(boxes, experts, strict=True):
         colour = COLOURS[expert % len(COLOURS)]
-        axes.add_patch(plt.Rectangle((left, row + 0.05), len(token) + 0.3, 0.5, alpha=0.35,
+        axes.add_patch(Rectangle((left, row + 0.05), len(token) + 0.3, 0.5, alpha=0.35,
                                      facecolor=colour, edgecolor="none"))  # fmt: skip
         middle = left + len(token) / 2 + 0.15
         axes.text(middle, row + 0.3, token, ha="center", va="center", fontsize=8,

@@ -72,14 +72,8 @@ class MoELayer(nn.Module):
         rows = self.experts(dispatch.permute(tokens, plan), plan.counts)
         y = dispatch.combine(rows, plan, routing)
         if self.shared is not None:
-            y = y + self._visit_shared(tokens, flat_mask)
+            y = y + visit(self.shared, tokens, flat_mask)
         return y.reshape(x.shape), routing
-
-    def _visit_shared(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return self.shared(tokens)
-        padding = ~mask[:, None]  # cleared on the way in too: it may hold NaN
-        return self.shared(tokens.masked_fill(padding, 0)).masked_fill(padding, 0)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.shape[-1] != self.experts.d_model:
@@ -88,3 +82,15 @@ class MoELayer(nn.Module):
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}, but x has tokens {tuple(x.shape[:-1])}"
             )
+
+
+def visit(
+    block: FeedForward,
+    tokens: Float[Tensor, "tokens d_model"],
+    mask: Bool[Tensor, " tokens"] | None,
+) -> Float[Tensor, "tokens d_model"]:
+    """Every token through one block; padding gets 0."""
+    if mask is None:
+        return block(tokens)
+    padding = ~mask[:, None]  # cleared on the way in too: it may hold NaN
+    return block(tokens.masked_fill(padding, 0)).masked_fill(padding, 0)

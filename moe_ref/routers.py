@@ -29,9 +29,7 @@ class TopKRouter(nn.Module):
     OLMoE 2409.02060, section 2.
     """
 
-    def __init__(
-        self, d_model: int, n_experts: int, k: int, *, renormalize: bool = True
-    ) -> None:
+    def __init__(self, d_model: int, n_experts: int, k: int, *, renormalize: bool = True) -> None:
         super().__init__()
         check_sizes(d_model=d_model, n_experts=n_experts, k=k)
         if k > n_experts:
