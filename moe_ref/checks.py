@@ -186,7 +186,7 @@ def moe_forward(attempt: Callable) -> None:
     def cases() -> Iterator[dict[str, Any]]:
         sizes = [
             (1, 2, 1, 1, 1),
-            (1, 1, 1, 2, 2),
+            (1, 1, 1, 3, 2),
             (2, 2, 2, 3, 2),
             (5, 4, 6, 8, 2),
             (7, 4, 6, 4, 4),
