@@ -50,8 +50,8 @@ endif
 	@echo '$(CURDIR)' >$@
 
 lab: setup  ## open the course in JupyterLab (LAB_ARGS="--no-browser --port 8899")
-	$(RUN) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS) \
-		notebooks/00_start_here.ipynb
+	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 # One thread for each worker: they would otherwise fight over the cores.
 test: setup  ## run every test, and every notebook under nbval and papermill
