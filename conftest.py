@@ -16,7 +16,10 @@ SHAPED = [
     for path in ROOT.glob("moe_ref/**/*.py")
     if "import jaxtyping" in path.read_text() or "from jaxtyping" in path.read_text()
 ]
-jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
+# As in Python itself, an int will do where a float is asked for.
+jaxtyping.install_import_hook(
+    SHAPED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 # Derandomised, so that a failure is one for everybody; no deadline, since workers share the cores.
 hypothesis.settings.register_profile(

@@ -1,6 +1,7 @@
 """One MoE layer against transformers' and against the machine, side by side in one process.
 
     python benchmarks/layer.py [--shape NAME ...] [--tokens N ...] [--dtype D ...] [--backward]
+                               [--routing balanced zipf]
 
 Peers: the expert implementations of the transformers library ("eager", "grouped_mm", and, for at
 most 8 tokens, "batched_mm") on the same weights, behind the same kind of router. All run in turns,
@@ -13,6 +14,8 @@ of the weights it touches over its read bandwidth, both measured in the same run
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor
@@ -76,6 +79,14 @@ def build(shape: Shape, dtype: torch.dtype) -> tuple[MoELayer, dict[str, Mixtral
     return layer, blocks
 
 
+def skew(layer: MoELayer, x: Tensor) -> None:
+    """Make the popularity of the experts Zipf's: one feature is 1 and its weight is -log(rank)."""
+    ranks = torch.arange(1, layer.experts.n_experts + 1)
+    with torch.no_grad():
+        x[..., 0] = 1
+        layer.router.weight[:, 0] = -ranks.log().to(x.dtype)
+
+
 def runner(call: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> Callable[[], None]:
     """One forward pass, or a forward and a backward pass, as a function without arguments."""
     if not backward:
@@ -97,12 +108,16 @@ def seconds_at_best(shape: Shape, counts: Tensor, dtype: torch.dtype, limits: Li
     return max(flops / limits.flops, touched / limits.bandwidth)
 
 
-def row(name: str, tokens: int, dtype: torch.dtype, backward: bool, limits: Limits) -> str:
-    """Measure one cell of the table."""
+def row(
+    name: str, tokens: int, dtype: torch.dtype, routing: str, backward: bool, limits: Limits
+) -> tuple[str, float]:
+    """One line of the table, and the best peer's time over ours."""
     shape = SHAPES[name]
     torch.manual_seed(0)
     layer, blocks = build(shape, dtype)
     x = torch.randn(1, tokens, shape.d_model, dtype=dtype)
+    if routing == "zipf":
+        skew(layer, x)
     if tokens > 8:
         del blocks["batched_mm"]  # copies the weights of every assignment: gigabytes
     runners = {"moe_ref": runner(lambda x: layer(x)[0], x, backward)}
@@ -110,13 +125,13 @@ def row(name: str, tokens: int, dtype: torch.dtype, backward: bool, limits: Limi
     times = lesson.race(runners, seconds=1)
     ours = times.pop("moe_ref")
     best = min(times, key=times.__getitem__)
-    cells = [name, str(tokens), str(dtype).removeprefix("torch."), f"{1000 * ours:.2f}"]
+    cells = [name, str(tokens), routing, str(dtype).removeprefix("torch."), f"{1000 * ours:.2f}"]
     cells += [f"{times[best] / ours:.2f} ({best})"]
     if not backward:
         with torch.no_grad():
             counts = layer(x)[1].counts
         cells.append(f"{seconds_at_best(shape, counts, dtype, limits) / ours:.2f}")
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cells) + " |", times[best] / ours
 
 
 def main() -> None:
@@ -124,21 +139,23 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--routing", nargs="+", choices=["balanced", "zipf"], default=["balanced"])
     parser.add_argument("--backward", action="store_true", help="time forward plus backward")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     limits = {name: Limits.measure(DTYPES[name]) for name in options.dtype}
     for name, limit in limits.items():
         print(f"{name}: {limit.flops / 1e9:.0f} GFLOP/s, {limit.bandwidth / 1e9:.1f} GB/s")
-    columns = ["shape", "tokens", "dtype", "ms", "best peer's time / ours"]
+    columns = ["shape", "tokens", "routing", "dtype", "ms", "best peer's time / ours"]
     columns += [] if options.backward else ["share of the limit"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for shape in options.shape:
-        for dtype in options.dtype:
-            for tokens in options.tokens:
-                print(
-                    row(shape, tokens, DTYPES[dtype], options.backward, limits[dtype]), flush=True
-                )
+    ratios = []
+    cells = product(options.shape, options.dtype, options.routing, options.tokens)
+    for shape, dtype, routing, tokens in cells:
+        line, ratio = row(shape, tokens, DTYPES[dtype], routing, options.backward, limits[dtype])
+        print(line, flush=True)
+        ratios.append(ratio)
+    print(f"\ngeometric mean {geometric_mean(ratios):.2f}, worst {min(ratios):.2f}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,12 @@
 answers up at the left. Slots that nobody serves get no row, so no work is done for them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -55,3 +59,45 @@ def combine(
     answers = rows.new_zeros(tokens * slots, rows.shape[-1]).index_copy(0, plan.order, rows)
     answers = answers.unflatten(0, (tokens, slots))
     return (answers * routing.weights[..., None]).sum(dim=1).to(rows.dtype)
+
+
+def one_hot(routing: Routing) -> Float[Tensor, "tokens n_experts capacity"]:
+    """GShard's dispatch tensor: 1 where a token takes a place of an expert, in token order.
+
+    `capacity` is the load of the busiest expert. The tensor has tokens * n_experts * capacity
+    entries, of which tokens * slots are not 0: that is what the sorted rows do without.
+    Source: Lepikhin et al. 2020 (2006.16668), algorithm 1.
+    """
+    slots = F.one_hot(routing.experts, routing.n_experts + 1)[..., :-1]  # last column: nobody
+    chosen = slots.sum(dim=1)
+    place = chosen.cumsum(dim=0) - chosen  # tokens before this one at the same expert
+    capacity = int(routing.counts.max())
+    taken = F.one_hot(place.clamp(max=max(capacity - 1, 0)), max(capacity, 1))
+    return (taken * chosen[..., None]).float()
+
+
+def by_einsum(
+    x: Float[Tensor, "tokens d_model"],
+    routing: Routing,
+    experts: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, "tokens d_model"]:
+    """Dispatch, experts and combine as two einsums around them; a second opinion, not for speed.
+
+    `experts(rows, counts)` is called with the same number of rows, filled up with zeros, for each.
+    """
+    places = one_hot(routing).to(x.dtype)
+    rows = einsum(
+        places, x, "tokens n_experts capacity, tokens d_model -> n_experts capacity d_model"
+    )
+    n_experts, capacity, _ = rows.shape
+    counts = torch.full((n_experts,), capacity, device=x.device)
+    answers = experts(rows.flatten(0, 1), counts).unflatten(0, (n_experts, capacity))
+    # The weight of each token at each expert: its slot's, where it has one.
+    share = routing.weights.new_zeros(len(x), n_experts + 1)
+    share = share.scatter_add(1, routing.experts, routing.weights)[:, :-1].to(x.dtype)
+    return einsum(
+        places,
+        share,
+        answers,
+        "tokens n_experts capacity, tokens n_experts, n_experts capacity d_model -> tokens d_model",
+    )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .ffn import activate, check_sizes, is_gated
 
-BACKENDS = ("auto", "loop", "grouped")
+BACKENDS = ("auto", "loop", "padded", "grouped")
 
 
 class Experts(nn.Module):
@@ -21,9 +21,11 @@ class Experts(nn.Module):
         d_ff: hidden features of each block.
         activation: as in `FeedForward`.
         bias: as in `FeedForward`.
-        backend: "loop", one matrix product after the other, any dtype; "grouped", torch's
-            grouped_mm, for float32, float16 and bfloat16 with d_model and d_ff a multiple of
-            16 bytes; "auto", grouped on a GPU where it applies, else the loop.
+        backend: "loop", one matrix product after the other, any dtype; "padded", one batched
+            product, every run of rows filled up to the longest; "grouped", torch's grouped_mm, for
+            float32, float16 and bfloat16 with d_model and d_ff a multiple of 16 bytes; "auto",
+            grouped on a GPU where it applies, else the loop. Under torch.compile grouped is for
+            bfloat16, and the loop takes its place for other dtypes.
 
     `gate_up` is [n_experts, 2 * d_ff, d_model], the rows of the gate first; blocks without a gate
     have `up`, [n_experts, d_ff, d_model]. `down` is [n_experts, d_model, d_ff]. Biases, if any,
@@ -72,6 +74,8 @@ class Experts(nn.Module):
         """Apply expert e to the next counts[e] rows, for every e in order."""
         if rows.shape[-1] != self.d_model:
             raise ValueError(f"rows have {rows.shape[-1]} features, not d_model={self.d_model}")
+        if counts.device.type == "cpu" and counts.sum() != len(rows):  # a GPU would have to wait
+            raise ValueError(f"counts sum to {int(counts.sum())}, but there are {len(rows)} rows")
         if torch.is_autocast_enabled(rows.device.type):
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))
         elif rows.dtype != self.down.dtype:
@@ -92,9 +96,12 @@ class Experts(nn.Module):
                 f"backend='grouped' takes float32, float16 or bfloat16 and rows of a multiple of "
                 f"16 bytes, not {rows.dtype}, d_model={self.d_model}, d_ff={self.d_ff}: use 'loop'"
             )
-        if self.backend == "grouped" or (self.backend == "auto" and fits and rows.is_cuda):
+        # torch.compile knows grouped_mm in bfloat16 only.
+        known = rows.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
+        wanted = self.backend == "grouped" or (self.backend == "auto" and rows.is_cuda)
+        if wanted and fits and known:
             return project_grouped
-        return project_loop
+        return project_padded if self.backend == "padded" else project_loop
 
 
 def project_loop(
@@ -105,8 +112,6 @@ def project_loop(
 ) -> Float[Tensor, "rows outputs"]:
     """One matrix product for each expert that has rows."""
     sizes = counts.tolist()
-    if sum(sizes) != len(rows):
-        raise ValueError(f"counts sum to {sum(sizes)}, but there are {len(rows)} rows")
     # unbind, not weight[e]: its backward stacks the gradients once and leaves idle ones at zero,
     # where indexing would add up n_experts tensors of the full size.
     weights = weight.unbind()
@@ -115,6 +120,24 @@ def project_loop(
     # With no rows at all one empty product still ties the output to the weights.
     busy = [e for e, size in enumerate(sizes) if size] or [0]
     return torch.cat([F.linear(runs[e], weights[e], biases[e]) for e in busy])
+
+
+def project_padded(
+    rows: Float[Tensor, "rows inputs"],
+    counts: Int[Tensor, " n_experts"],
+    weight: Float[Tensor, "n_experts outputs inputs"],
+    bias: Float[Tensor, "n_experts outputs"] | None,
+) -> Float[Tensor, "rows outputs"]:
+    """One batched product: each run padded with zeros to the longest. One hot expert pads all."""
+    n_experts, longest = len(counts), int(counts.max())
+    owner = torch.arange(n_experts, device=rows.device).repeat_interleave(counts)
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[owner]
+    cell = owner * longest + place  # where each row stands among n_experts * longest
+    padded = rows.new_zeros(n_experts * longest, rows.shape[-1]).index_copy(0, cell, rows)
+    answers = torch.bmm(padded.view(n_experts, longest, rows.shape[-1]), weight.transpose(-2, -1))
+    if bias is not None:
+        answers = answers + bias[:, None].to(answers.dtype)
+    return answers.flatten(0, 1).index_select(0, cell)
 
 
 def project_grouped(

@@ -83,7 +83,7 @@ def bars(values: Mapping[str, ArrayLike], labels: Sequence[str], *, title: str, 
         at = np.arange(len(labels)) + (i - (len(values) - 1) / 2) * width
         drawn = axes.bar(at, _array(heights), width * 0.92, label=name, color=colour, hatch=hatch,
                          edgecolor="white")  # fmt: skip
-        axes.bar_label(drawn, fmt="{:.3g}", fontsize=8, padding=1)
+        axes.bar_label(drawn, fmt=_short, fontsize=8, padding=1)
     axes.set_xticks(range(len(labels)), labels)
     axes.grid(axis="x", visible=False)
     if len(values) > 1:
@@ -175,6 +175,35 @@ def routing(decision: Routing, tokens: Sequence[str], *, title: str) -> None:
     plt.show()
 
 
+def permutation(decision: Routing, order: ArrayLike, *, title: str) -> None:
+    """Slots in the order of their tokens at the left, joined to rows in the order of experts.
+
+    `order` is the slot of each row. A box holds the number of its expert; a slot that nobody serves
+    has a dash and no row.
+    """
+    experts = decision.experts.flatten().tolist()
+    slots, n_experts = decision.experts.shape[1], decision.n_experts
+    rows = _array(order).astype(int).tolist()
+    axes = _axes(title, "", "", size=(5.6, 1.0 + 0.27 * len(experts)))
+    for row, slot in enumerate(rows):
+        expert = experts[slot]
+        axes.plot([0, 1], [slot, row], DASHES[expert % len(DASHES)], zorder=1,
+                  color=COLOURS[expert % len(COLOURS)])  # fmt: skip
+    boxes = [(0, slot, expert) for slot, expert in enumerate(experts)]
+    for x, y, expert in boxes + [(1, row, experts[slot]) for row, slot in enumerate(rows)]:
+        nobody = expert == n_experts
+        colour = "white" if nobody else COLOURS[expert % len(COLOURS)]
+        axes.text(x, y, "–" if nobody else str(expert), ha="center", va="center", fontsize=8.5,
+                  color=ink(colour), bbox={"fc": colour, "ec": "black", "pad": 3})  # fmt: skip
+    axes.set_yticks(range(len(experts)), [f"token {i // slots}, slot {i % slots}"
+                                          for i in range(len(experts))])  # fmt: skip
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(range(len(rows)), [f"row {i}" for i in range(len(rows))])
+    axes.set(xlim=(-0.1, 1.1), ylim=(len(experts) - 0.4, -0.6), xticks=[])
+    axes.grid(visible=False)
+    plt.show()
+
+
 def text(tokens: Sequence[str], experts: Sequence[int], *, title: str, width: int = 84) -> None:
     """Running text, each token on the colour of its expert, whose number stands below it."""
     boxes, column, line = [], 0.0, 0
@@ -248,6 +277,10 @@ def _scale(axes: Axes, log: str) -> None:
                 axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
             axis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _plain(value: float) -> str:

@@ -24,6 +24,7 @@ class Routing:
     scores: Float[Tensor, "tokens n_experts"]  # float32 gate values of all experts
     demand: Int[Tensor, " n_experts"]  # tokens that asked for each expert, before capacity
     mask: Bool[Tensor, " tokens"]  # True for a real token, False for padding
+    asked: Int[Tensor, "tokens slots"] | None = None  # experts before capacity, if that took any
 
     @property
     def n_experts(self) -> int:
@@ -33,6 +34,11 @@ class Routing:
     def counts(self) -> Int[Tensor, " n_experts"]:
         """Tokens each expert serves."""
         return count(self.experts, self.n_experts)
+
+    @property
+    def requests(self) -> Int[Tensor, "tokens slots"]:
+        """Which expert each slot asked for, before capacity: `demand`, token by token."""
+        return self.experts if self.asked is None else self.asked
 
     @property
     def overflow(self) -> Int[Tensor, " n_experts"]:
@@ -58,8 +64,29 @@ class Routing:
         return nats.sum() / self.mask.sum().clamp(min=1)  # padding has zero scores, so adds 0
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NoisyRouting(Routing):
+    """A `Routing` that also says what the noise was, as `balance.load_loss` asks."""
+
+    noisy: Float[Tensor, "tokens n_experts"]  # logits with noise: what the choice was made by
+    sigma: Float[Tensor, "tokens n_experts"]  # standard deviation of the noise
+
+
 def count(experts: Int[Tensor, "tokens slots"], n_experts: int) -> Int[Tensor, " n_experts"]:
     """How often each expert occurs; the entry `n_experts`, nobody, is not counted."""
     chosen = experts.flatten()
     totals = chosen.new_zeros(n_experts + 1).scatter_add_(0, chosen, torch.ones_like(chosen))
     return totals[:n_experts]
+
+
+def top_k(scores: Float[Tensor, "tokens n_experts"], k: int) -> Int[Tensor, "tokens k"]:
+    """Indices of the k largest scores in descending order, ties to the lower index.
+
+    torch.topk leaves the order of ties open, so devices differ. It is given integers instead that
+    sort like the scores and never tie: the bits of the score, then the index, counted down.
+    """
+    n_experts = scores.shape[-1]
+    bits = (scores.detach().float() + 0.0).view(torch.int32).long()  # + 0.0: no negative zero
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort the other way round
+    falling = torch.arange(n_experts - 1, -1, -1, device=scores.device)
+    return (ordered * n_experts + falling).topk(k, dim=-1).indices

@@ -1,5 +1,6 @@
 """Specifications against closed forms; each exercise check accepts what is right, and only that."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,269 @@ def parameter_count_of_an_active_share_of_all(d_model, d_ff, n_experts, k):
     return total, total * k // n_experts
 
 
+# ---------------------------------------------------------------------- 04, padding_waste
+def padding_waste(counts):
+    places = len(counts) * counts.max().item()
+    return 1 - counts.sum().item() / places if places else 0.0
+
+
+def padding_waste_over_rows(counts):
+    return len(counts) * counts.max().item() / max(counts.sum().item(), 1) - 1
+
+
+def padding_waste_of_busy_experts(counts):
+    return padding_waste(counts[counts > 0])
+
+
+def padding_waste_as_a_count(counts):
+    return float(len(counts) * counts.max().item() - counts.sum().item())
+
+
+# ------------------------------------------------------------------------ 04, permutation
+def permutation(experts, n_experts):
+    owners = experts.flatten()
+    return owners.argsort(stable=True)[: (owners < n_experts).sum()]
+
+
+def permutation_with_nobody_at_the_end(experts, n_experts):
+    return experts.flatten().argsort(stable=True)
+
+
+def permutation_of_tokens(experts, n_experts):
+    return permutation(experts, n_experts) // experts.shape[1]
+
+
+def permutation_by_slot_first(experts, n_experts):
+    tokens, k = experts.shape
+    order = permutation(experts.T, n_experts)
+    return order % tokens * k + order // tokens
+
+
+def permutation_backwards_within_an_expert(experts, n_experts):
+    return experts.numel() - 1 - permutation(experts.flatten().flip(0)[:, None], n_experts)
+
+
+# ---------------------------------------------------------------------------- 04, combine
+def combine(rows, order, weights):
+    answers = rows * weights.flatten()[order, None]
+    return rows.new_zeros(len(weights), rows.shape[1]).index_add(
+        0, order // weights.shape[1], answers
+    )
+
+
+def combine_unweighted(rows, order, weights):
+    return combine(rows, order, torch.ones_like(weights))
+
+
+def combine_with_weights_in_the_order_of_rows(rows, order, weights):
+    inverse = torch.zeros(weights.numel(), dtype=torch.long)
+    inverse[order] = torch.arange(len(order))
+    return combine(rows, order, weights.flatten()[inverse].view(weights.shape))
+
+
+def combine_keeping_the_last_answer(rows, order, weights):
+    y = rows.new_zeros(len(weights), rows.shape[1])
+    y[order // weights.shape[1]] = rows * weights.flatten()[order, None]
+    return y
+
+
+def combine_renormalizing_what_is_left(rows, order, weights):
+    kept = torch.zeros(weights.numel()).index_fill(0, order, 1).view(weights.shape) * weights
+    return combine(rows, order, weights / kept.sum(dim=1, keepdim=True).clamp(min=1e-9))
+
+
+# ------------------------------------------------------------------- 05, capacity_limit
+def capacity_limit(factor, k, tokens, n_experts, minimum):
+    if math.isinf(factor):
+        return tokens
+    return min(tokens, max(minimum, math.ceil(round(factor * k * tokens / n_experts, 6))))
+
+
+def capacity_limit_rounded_down(factor, k, tokens, n_experts, minimum):
+    if math.isinf(factor):
+        return tokens
+    return min(tokens, max(minimum, int(factor * k * tokens / n_experts)))
+
+
+def capacity_limit_without_k(factor, k, tokens, n_experts, minimum):
+    return capacity_limit(factor, 1, tokens, n_experts, minimum)
+
+
+def capacity_limit_of_binary_fractions(factor, k, tokens, n_experts, minimum):
+    if math.isinf(factor):
+        return tokens
+    return min(tokens, max(minimum, math.ceil(factor * k * tokens / n_experts)))
+
+
+def capacity_limit_above_the_tokens(factor, k, tokens, n_experts, minimum):
+    return max(minimum, capacity_limit(factor, k, tokens, n_experts, 0))
+
+
+# -------------------------------------------------------------------- 05, drop_overflow
+def drop_overflow(experts, limit, n_experts):
+    queue = experts.T.flatten()
+    place = F.one_hot(queue, n_experts + 1).cumsum(dim=0).gather(1, queue[:, None])[:, 0]
+    return queue.masked_fill(place > limit, n_experts).view(experts.T.shape).T
+
+
+def drop_overflow_by_position(experts, limit, n_experts):
+    return drop_overflow(experts.reshape(-1, 1), limit, n_experts).view(experts.shape)
+
+
+def drop_overflow_one_too_many(experts, limit, n_experts):
+    return drop_overflow(experts, limit + 1, n_experts)
+
+
+def drop_overflow_of_each_slot(experts, limit, n_experts):
+    columns = [drop_overflow(column[:, None], limit, n_experts) for column in experts.T]
+    return torch.cat(columns, dim=1)
+
+
+# -------------------------------------------------------------------------- 05, reroute
+def reroute(scores, k, limit):
+    tokens, n_experts = scores.shape
+    experts, room = torch.full((tokens, k), n_experts), [limit] * n_experts
+    ranked = scores.argsort(dim=1, descending=True, stable=True).tolist()
+    while True:
+        asked = {}
+        for t, mine in enumerate(experts.tolist()):
+            best = [e for e in ranked[t] if room[e] > 0 and e not in mine]
+            empty = [slot for slot in range(k) if mine[slot] == n_experts]
+            asked.update({(slot, t): e for slot, e in zip(empty, best, strict=False)})
+        if not asked:
+            return experts
+        for (slot, t), e in sorted(asked.items()):
+            if room[e] > 0:
+                experts[t, slot], room[e] = e, room[e] - 1
+
+
+def reroute_never(scores, k, limit):
+    ranked = scores.argsort(dim=1, descending=True, stable=True)
+    return drop_overflow(ranked[:, :k], limit, scores.shape[1])
+
+
+def reroute_token_after_token(scores, k, limit):
+    kept, room = reroute_never(scores, k, limit).tolist(), [limit] * scores.shape[1]
+    for e in [e for mine in kept for e in mine]:
+        if e < len(room):
+            room[e] -= 1
+    for t, mine in enumerate(kept):
+        for slot, e in enumerate(mine):
+            ranked = scores[t].argsort(descending=True, stable=True).tolist()
+            free = [e for e in ranked if room[e] > 0 and e not in mine]
+            if e == len(room) and free:
+                mine[slot] = free[0]
+                room[free[0]] -= 1
+    return torch.tensor(kept)
+
+
+def reroute_twice_to_one_expert(scores, k, limit):
+    room, columns = [limit] * scores.shape[1], []
+    for _ in range(k):
+        column = []
+        for row in scores.argsort(dim=1, descending=True, stable=True).tolist():
+            column.append(next((e for e in row if room[e] > 0), scores.shape[1]))
+            if column[-1] < len(room):
+                room[column[-1]] -= 1
+        columns.append(column)
+    return torch.tensor(columns).T
+
+
+# ---------------------------------------------------------------------- 03, group_limited
+def group_limited(ranked, k, n_groups, groups_kept, best=2, ruled_out=-torch.inf):
+    grouped = ranked.unflatten(-1, (n_groups, -1))
+    group_score = grouped.sort(dim=-1, descending=True).values[..., :best].sum(dim=-1)
+    order = group_score.sort(dim=-1, descending=True, stable=True).indices[:, :groups_kept]
+    stays = torch.zeros_like(group_score).scatter(1, order, 1).bool()
+    left = grouped.masked_fill(~stays[..., None], ruled_out).flatten(-2)
+    return left.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def group_limited_with_zero_for_the_ruled_out(ranked, k, n_groups, groups_kept):
+    return group_limited(ranked, k, n_groups, groups_kept, ruled_out=0.0)
+
+
+def group_limited_by_the_best_of_a_group(ranked, k, n_groups, groups_kept):
+    return group_limited(ranked, k, n_groups, groups_kept, best=1)
+
+
+def group_limited_by_the_sum_of_a_group(ranked, k, n_groups, groups_kept):
+    return group_limited(ranked, k, n_groups, groups_kept, best=ranked.shape[1])
+
+
+def group_limited_without_groups(ranked, k, n_groups, groups_kept):
+    return group_limited(ranked, k, 1, 1)
+
+
+# ---------------------------------------------------------------------- 03, expert_choice
+def expert_choice(logits, k, rounded=math.ceil):
+    p = logits.softmax(dim=-1)
+    order = p.sort(dim=0, descending=True, stable=True).indices
+    taken = order[: rounded(len(p) * k / p.shape[1])]
+    return p * torch.zeros_like(p).scatter(0, taken, 1)
+
+
+def expert_choice_rounded_down(logits, k):
+    return expert_choice(logits, k, rounded=math.floor)
+
+
+def expert_choice_with_a_softmax_over_tokens(logits, k):
+    return expert_choice(logits.T, k * len(logits) / logits.shape[1]).T
+
+
+def expert_choice_with_ties_to_the_later_token(logits, k):
+    return expert_choice(logits.flip(0), k).flip(0)
+
+
+def expert_choice_renormalized(logits, k):
+    weights = expert_choice(logits, k)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+
+
+# ----------------------------------------------------------------------- 06, balance_loss
+def balance_loss(logits, k):
+    scores = logits.softmax(dim=-1)
+    f = F.one_hot(scores.topk(k).indices, logits.shape[1]).float().mean(dim=(0, 1))
+    return logits.shape[1] * (f * scores.mean(dim=0)).sum()
+
+
+def balance_loss_over_the_masked_softmax(logits, k):
+    best = logits.topk(k)
+    chosen = torch.full_like(logits, -torch.inf).scatter(1, best.indices, best.values)
+    f = F.one_hot(best.indices, logits.shape[1]).float().mean(dim=(0, 1))
+    return logits.shape[1] * (f * chosen.softmax(dim=-1).mean(dim=0)).sum()
+
+
+def balance_loss_k_times(logits, k):
+    return k * balance_loss(logits, k)
+
+
+def balance_loss_of_first_choices(logits, k):
+    scores = logits.softmax(dim=-1)
+    f = F.one_hot(scores.argmax(dim=-1), logits.shape[1]).float().mean(dim=0)
+    return logits.shape[1] * (f * scores.mean(dim=0)).sum()
+
+
+# ------------------------------------------------------------------------ 06, bias_update
+def bias_update(bias, experts, rate):
+    demand = torch.bincount(experts.flatten(), minlength=len(bias)).float()
+    return bias + rate * (demand.mean() - demand).sign()
+
+
+def bias_update_with_the_wrong_sign(bias, experts, rate):
+    return bias_update(bias, experts, -rate)
+
+
+def bias_update_in_proportion(bias, experts, rate):
+    demand = torch.bincount(experts.flatten(), minlength=len(bias)).float()
+    return bias + rate * (demand.mean() - demand)
+
+
+def bias_update_with_the_mean_of_the_busy(bias, experts, rate):
+    demand = torch.bincount(experts.flatten(), minlength=len(bias)).float()
+    return bias + rate * (demand[demand > 0].mean() - demand).sign()
+
+
 # exercise: (a right answer, plausible wrong ones)
 ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
     "load": (load, [load_without_idle_experts, load_of_first_choices, load_as_a_share]),
@@ -231,6 +495,79 @@ ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
             parameter_count_without_router,
             parameter_count_of_two_matrices,
             parameter_count_of_an_active_share_of_all,
+        ],
+    ),
+    "padding_waste": (
+        padding_waste,
+        [padding_waste_over_rows, padding_waste_of_busy_experts, padding_waste_as_a_count],
+    ),
+    "permutation": (
+        permutation,
+        [
+            permutation_with_nobody_at_the_end,
+            permutation_of_tokens,
+            permutation_by_slot_first,
+            permutation_backwards_within_an_expert,
+        ],
+    ),
+    "combine": (
+        combine,
+        [
+            combine_unweighted,
+            combine_with_weights_in_the_order_of_rows,
+            combine_keeping_the_last_answer,
+            combine_renormalizing_what_is_left,
+        ],
+    ),
+    "capacity_limit": (
+        capacity_limit,
+        [
+            capacity_limit_rounded_down,
+            capacity_limit_without_k,
+            capacity_limit_of_binary_fractions,
+            capacity_limit_above_the_tokens,
+        ],
+    ),
+    "drop_overflow": (
+        drop_overflow,
+        [drop_overflow_by_position, drop_overflow_one_too_many, drop_overflow_of_each_slot],
+    ),
+    "reroute": (
+        reroute,
+        [reroute_never, reroute_token_after_token, reroute_twice_to_one_expert],
+    ),
+    "group_limited": (
+        group_limited,
+        [
+            group_limited_with_zero_for_the_ruled_out,
+            group_limited_by_the_best_of_a_group,
+            group_limited_by_the_sum_of_a_group,
+            group_limited_without_groups,
+        ],
+    ),
+    "expert_choice": (
+        expert_choice,
+        [
+            expert_choice_rounded_down,
+            expert_choice_with_a_softmax_over_tokens,
+            expert_choice_with_ties_to_the_later_token,
+            expert_choice_renormalized,
+        ],
+    ),
+    "balance_loss": (
+        balance_loss,
+        [
+            balance_loss_over_the_masked_softmax,
+            balance_loss_k_times,
+            balance_loss_of_first_choices,
+        ],
+    ),
+    "bias_update": (
+        bias_update,
+        [
+            bias_update_with_the_wrong_sign,
+            bias_update_in_proportion,
+            bias_update_with_the_mean_of_the_busy,
         ],
     ),
 }

@@ -2,9 +2,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ref import TopKRouter, dispatch
+from moe_ref import Capacity, ExpertChoiceRouter, Experts, TopKRouter, dispatch
 
-from .tools import gradients, sizes
+from .tools import assert_close, gradients, sizes
 
 
 def routed(shape: tuple[int, int, int], seed: int):
@@ -91,3 +91,63 @@ def test_answers_of_nobody_cannot_leak_into_a_token():
     plan = dispatch.plan(routing)
     y = dispatch.combine(torch.full((len(plan.order), 4), 7.0), plan, routing)
     assert (y[~routing.mask] == 0).all()
+
+
+def routings(shape, seed):
+    """One batch with padding under every kind of decision that dispatch may meet."""
+    tokens, n_experts, k = shape
+    x, full = routed(shape, seed)
+    x.requires_grad_()
+    router = TopKRouter(4, n_experts, k)
+    full = router(x, mask=full.mask)
+    yield x, router, full
+    yield x, router, Capacity(0.6)(full)
+    yield x, router, Capacity(0.6, overflow="reroute")(full)
+    chooser = ExpertChoiceRouter(4, n_experts, k)
+    yield x, chooser, chooser(x, mask=full.mask)
+
+
+@given(sizes(), st.integers(0, 99))
+def test_the_one_hot_tensor_has_one_place_for_each_served_slot_and_no_place_twice(shape, seed):
+    for x, _, routing in routings(shape, seed):
+        places = dispatch.one_hot(routing)
+        tokens, n_experts, capacity = places.shape
+        assert (tokens, n_experts) == (len(x), routing.n_experts)
+        assert ((places == 0) | (places == 1)).all()
+        assert places.sum() == routing.counts.sum()
+        assert (places.sum(dim=0) <= 1).all()  # no place taken twice
+        for t in range(tokens):
+            served = sorted(e for e in routing.experts[t].tolist() if e < n_experts)
+            assert places[t].sum(dim=-1).nonzero()[:, 0].tolist() == served
+        for e, n in enumerate(routing.counts.tolist()):  # in token order, from the first place on
+            filled = places[:, e].nonzero()
+            assert filled[:, 1].tolist() == list(range(n))
+        assert capacity == max(int(routing.counts.max()), 1)
+
+
+@given(sizes(), st.booleans(), st.integers(0, 99))
+def test_the_einsum_is_the_sorted_path_forward_and_backward(shape, bias, seed):
+    for x, router, routing in routings(shape, seed):
+        experts = Experts(routing.n_experts, 4, 8, bias=bias)
+        plan = dispatch.plan(routing)
+        rows = experts(dispatch.permute(x, plan), plan.counts)
+        by_rows = dispatch.combine(rows, plan, routing)
+        by_einsum = dispatch.by_einsum(x, routing, experts)
+        assert_close(by_einsum, by_rows)
+        leaves = [x, router.weight, *experts.parameters()]
+        pairs = []
+        for y in (by_einsum, by_rows):
+            torch.manual_seed(1)
+            loss = (y * torch.randn_like(y)).sum()
+            pairs.append(
+                torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)
+            )
+        for ours, theirs in zip(*pairs):
+            assert_close(ours, theirs, floor=0.1)
+
+
+def test_the_einsum_gives_nothing_for_no_tokens_and_for_nothing_but_padding():
+    router, experts = TopKRouter(4, 3, 2), Experts(3, 4, 8, bias=True)
+    for x, mask in [(torch.zeros(0, 4), None), (torch.randn(5, 4), torch.zeros(5).bool())]:
+        y = dispatch.by_einsum(x, router(x, mask=mask), experts)
+        assert y.shape == x.shape and not y.any()

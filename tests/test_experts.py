@@ -8,7 +8,7 @@ from moe_ref.ffn import ACTIVATIONS
 
 from .tools import assert_close, gradients
 
-BACKENDS = ["loop", "grouped"]
+BACKENDS = ["loop", "padded", "grouped"]
 
 
 def naive(rows, counts, experts):
@@ -129,7 +129,7 @@ def test_input_that_does_not_fit_is_refused_by_name():
         experts(torch.randn(3, 8), counts)
     with pytest.raises(ValueError, match=r"rows are torch.float64, but the experts are torch.fl"):
         experts(torch.randn(2, 8, dtype=torch.float64), counts)
-    with pytest.raises(ValueError, match="backend='fast' is none of auto, loop, grouped"):
+    with pytest.raises(ValueError, match="backend='fast' is none of auto, loop, padded, grouped"):
         Experts(2, 8, 12, backend="fast")
     with pytest.raises(ValueError, match="d_model=6, d_ff=12: use 'loop'"):
         Experts(2, 6, 12, backend="grouped")(torch.randn(2, 6), counts)

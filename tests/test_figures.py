@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_ref import TopKRouter, figures
+from moe_ref import TopKRouter, dispatch, figures
 
 matplotlib.use("Agg")  # plt.show() does nothing there, so the figure stays to be read
 
@@ -81,6 +81,19 @@ def test_routing_marks_each_served_slot_once_and_padding_not_at_all():
     served = [(e, t) for t, row in enumerate(decision.experts.tolist()) for e in row if e < 5]
     assert drawn == set(served) and len(served) == 6
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "␣b", "c", "d⏎"]
+
+
+def test_permutation_joins_every_served_slot_to_its_row_and_gives_nobody_a_dash():
+    mask = torch.tensor([True, False, True])
+    decision = TopKRouter(8, 4, 2)(torch.randn(3, 8), mask=mask)
+    order = dispatch.plan(decision).order
+    figures.permutation(decision, order, title="t")
+    axes = plt.gca()
+    joined = [tuple(int(y) for y in line.get_ydata()) for line in axes.lines]
+    assert joined == [(slot, row) for row, slot in enumerate(order.tolist())]
+    flat = decision.experts.flatten().tolist()
+    left = ["–" if expert == 4 else str(expert) for expert in flat]
+    assert words(axes) == left + [str(flat[slot]) for slot in order.tolist()]
 
 
 def test_text_shows_every_token_with_its_expert_and_wraps_long_lines():

@@ -12,7 +12,7 @@ from moe_ref import Experts, FeedForward, MoELayer, TopKRouter, checks
 
 from .tools import assert_close, gradients, make_layer, parameters, sizes
 
-BACKENDS = ["loop", "grouped"]
+BACKENDS = ["loop", "padded", "grouped"]
 
 
 def naive(layer, x, mask=None):

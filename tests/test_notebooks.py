@@ -34,6 +34,22 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
         {"n_experts": 4, "k": 1, "d_model": 32, "seed": 1},
         {"n_experts": 12, "k": 3, "d_ff": 32},
     ),
+    "03_routing_strategies": (
+        {"n_experts": 4, "k": 1, "n_groups": 2, "steps": 20, "text_tokens": 2000, "seed": 1},
+        {"n_experts": 12, "k": 3, "d_model": 8, "jitter": 0.3, "crowd": 500, "steps": 20},
+    ),
+    "05_capacity": (
+        {"tokens": 400, "n_experts": 4, "k": 1, "seed": 1},
+        {"tokens": 600, "popularity": 2.0, "capacity_factor": 1.25, "skew": 1.0, "request": 4},
+    ),
+    "04_dispatch": (
+        {"n_experts": 4, "k": 1, "tokens": 16, "most_tokens": 256, "most_experts": 8, "seed": 1},
+        {"n_experts": 12, "k": 3, "d_model": 32, "d_ff": 64, "most_tokens": 512},
+    ),
+    "06_load_balancing": (
+        {"n_experts": 4, "k": 1, "steps": 40, "repeats": 1, "seed": 1},
+        {"n_experts": 6, "d_model": 32, "d_ff": 16, "steps": 40, "repeats": 2, "pressure": 0.05},
+    ),
 }
 
 hygiene = pytest.mark.hygiene

@@ -3,7 +3,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ref import TopKRouter, checks
+from moe_ref import (
+    ExpertChoiceRouter,
+    GShardRouter,
+    HashRouter,
+    NoisyTopKRouter,
+    SwitchRouter,
+    TopKRouter,
+    checks,
+)
 
 from .tools import assert_close, sizes
 
@@ -129,3 +137,146 @@ def test_the_input_is_left_as_it_was():
 def test_impossible_sizes_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         TopKRouter(*arguments)
+
+
+# -------------------------------------------------------------------------- what all share
+
+LEARNED = {
+    "top-k": lambda: TopKRouter(4, 6, 2, score="sigmoid", selection_bias=True),
+    "noisy": lambda: NoisyTopKRouter(4, 6, 2),
+    "switch": lambda: SwitchRouter(4, 6, jitter=0.3),
+    "gshard": lambda: GShardRouter(4, 6),
+    "expert choice": lambda: ExpertChoiceRouter(4, 6, 2),
+}
+RANDOM = ["noisy", "switch", "gshard"]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_only_training_is_random_and_a_seed_reproduces_it(name):
+    torch.manual_seed(0)
+    router, x = LEARNED[name](), torch.randn(40, 4)
+
+    def weights(seed):
+        torch.manual_seed(seed)
+        return router(x).weights
+
+    assert weights(1).equal(weights(1))
+    assert weights(1).equal(weights(2)) == (name not in RANDOM)
+    router.eval()
+    before = torch.get_rng_state()
+    assert router(x).weights.equal(router(x).weights)
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_padding_holding_nan_is_nobodys_and_changes_nothing_for_the_others(name):
+    torch.manual_seed(0)
+    router, x = LEARNED[name]().eval(), torch.randn(9, 4)
+    mask = torch.arange(9) % 3 > 0
+    alone = router(x[mask])
+    x[~mask] = float("nan")
+    routing = router(x, mask=mask)
+    assert (routing.experts[~mask] == 6).all()
+    assert not routing.weights[~mask].any() and not routing.scores[~mask].any()
+    assert routing.experts[mask].equal(alone.experts)
+    assert_close(routing.weights[mask], alone.weights)
+    assert routing.demand.equal(alone.demand) and routing.entropy.isfinite()
+    for gradient in torch.autograd.grad(
+        routing.weights.square().sum(), list(router.parameters()), materialize_grads=True
+    ):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_equal_scores_go_to_the_lowest_indices(name):
+    router = LEARNED[name]().eval()
+    routing = router(torch.zeros(1, 4))
+    slots = routing.experts.shape[1]
+    assert routing.experts.tolist() == [list(range(slots))]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_router_computes_in_float32_under_autocast_and_in_bfloat16(name):
+    torch.manual_seed(0)
+    router, x = LEARNED[name]().eval(), torch.randn(30, 4)
+    plain = router(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = router(x)
+    assert cast.logits.equal(plain.logits) and cast.weights.equal(plain.weights)
+    half = router.bfloat16()(x.bfloat16())
+    assert half.logits.dtype == half.weights.dtype == half.scores.dtype == torch.float32
+    exact = router.float()(x.bfloat16().float())
+    assert half.experts.equal(exact.experts) and half.weights.equal(exact.weights)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_no_tokens_give_an_empty_routing(name):
+    routing = LEARNED[name]()(torch.zeros(0, 4))
+    assert len(routing.experts) == 0 and routing.experts.shape[1] >= 1
+    assert routing.demand.tolist() == [0] * 6
+
+
+@pytest.mark.parametrize(
+    "change", [lambda r: r.bfloat16(), lambda r: r.half(), lambda r: r.to(torch.float64)]
+)
+def test_the_selection_bias_stays_float32_and_exact_when_the_model_changes_dtype(change):
+    router = TopKRouter(4, 6, 2, selection_bias=True)
+    values = torch.linspace(1e-3, 1.001, 6)  # more digits than 16 bits hold
+    router.bias.copy_(values)
+    changed = change(router)
+    assert changed.weight.dtype != torch.float32
+    assert changed.bias.dtype == torch.float32 and changed.bias.equal(values)
+    other = change(TopKRouter(4, 6, 2, selection_bias=True))
+    other.load_state_dict(changed.state_dict())
+    assert other.bias.equal(values) and "bias" in changed.state_dict()
+
+
+def test_the_selection_bias_follows_to_another_device():
+    assert TopKRouter(4, 6, 2, selection_bias=True).to("meta").bias.device.type == "meta"
+
+
+def test_the_selection_bias_steers_the_choice_but_not_the_weights_and_gets_no_gradient():
+    router = TopKRouter(3, 3, 2, score="sigmoid", renormalize=False, selection_bias=True)
+    torch.nn.init.eye_(router.weight)
+    router.bias.copy_(torch.tensor([0.0, 0.0, 5.0]))
+    routing = router(torch.tensor([[2.0, 1.0, -3.0]]))
+    assert routing.experts.tolist() == [[2, 0]]
+    torch.testing.assert_close(routing.weights, torch.tensor([[-3.0, 2.0]]).sigmoid())
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopKRouter(4, 8, 2, score="tanh"), "score='tanh' is neither softmax nor sigmoid"),
+        (lambda: TopKRouter(4, 8, 2, n_groups=3), "n_groups=3 does not divide n_experts=8"),
+        (lambda: TopKRouter(4, 8, 2, n_groups=0), "n_groups=0 must be at least 1"),
+        (
+            lambda: TopKRouter(4, 8, 2, n_groups=4, groups_kept=5),
+            "groups_kept=5 is more than n_groups=4",
+        ),
+        (
+            lambda: TopKRouter(4, 8, 3, n_groups=4, groups_kept=1),
+            "groups_kept=1 leaves 2 experts, fewer than k=3",
+        ),
+        (lambda: NoisyTopKRouter(4, 8, 9), "k=9 is more than n_experts=8"),
+        (lambda: GShardRouter(4, 1), "k=2 is more than n_experts=1"),
+        (lambda: GShardRouter(4, 8, second="never"), "second='never' is neither random nor always"),
+        (lambda: SwitchRouter(4, 8, jitter=1.0), "jitter=1.0 is not between 0 and 1"),
+        (lambda: SwitchRouter(4, 8, jitter=-0.1), "jitter=-0.1 is not between 0 and 1"),
+        (lambda: ExpertChoiceRouter(4, 8, 9), "k=9 is not more than 0 and at most n_experts=8"),
+        (lambda: ExpertChoiceRouter(4, 8, 0), "k=0 is not more than 0"),
+        (lambda: HashRouter(0, 50), "n_experts=0 must be at least 1"),
+        (lambda: HashRouter(4, 0), "vocab_size=0 must be at least 1"),
+        (lambda: HashRouter(4, 50)(torch.zeros(1, 2)), "token_ids=None"),
+        (lambda: hashed(50), "token id 50 is outside 0 to vocab_size - 1=49"),
+        (lambda: hashed(-1), "token id -1 is outside 0 to vocab_size - 1=49"),
+    ],
+)
+def test_what_a_router_cannot_do_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def hashed(token_id):
+    return HashRouter(4, 50)(torch.zeros(2, 3), token_ids=torch.tensor([0, token_id]))

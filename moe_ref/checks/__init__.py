@@ -1,0 +1,53 @@
+"""Naive specifications of the pieces, and the exercise checks built on them.
+
+An exercise check takes the reader's function, tries it on small cases first (ties, idle experts,
+one token, every expert chosen), and prints a verdict or raises with the first case it gets wrong.
+"""
+
+from .layer import (
+    balance_tokens,
+    capacity_limit,
+    combine,
+    drop_overflow,
+    expert_choice,
+    ffn_cost,
+    group_limited,
+    load,
+    moe_forward,
+    padding_waste,
+    parameter_count,
+    permutation,
+    reroute,
+    swiglu,
+    top_k_routing,
+)
+from .specification import feed_forward, gelu, largest, moe, relu, route, silu, softmax
+from .training import balance_loss, bias_update
+
+__all__ = [
+    "balance_loss",
+    "balance_tokens",
+    "bias_update",
+    "capacity_limit",
+    "combine",
+    "drop_overflow",
+    "expert_choice",
+    "feed_forward",
+    "ffn_cost",
+    "gelu",
+    "group_limited",
+    "largest",
+    "load",
+    "moe",
+    "moe_forward",
+    "padding_waste",
+    "parameter_count",
+    "permutation",
+    "relu",
+    "reroute",
+    "route",
+    "silu",
+    "softmax",
+    "swiglu",
+    "top_k_routing",
+]

@@ -1,0 +1,150 @@
+"""What an operator watches: how a layer's experts were used, over many batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from .ffn import check_sizes
+from .routing import Routing, count
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(eq=False)
+class Tally:
+    """Running sums over tokens, from which every figure follows; sums, so that tallies add up."""
+
+    tokens: int
+    demand: Int[Tensor, " n_experts"]  # assignments that asked for each expert
+    served: Int[Tensor, " n_experts"]  # assignments that each expert served
+    overflow: Int[Tensor, " n_experts"]  # assignments that asked for it and went elsewhere
+    nats: float  # entropy of the scores, summed over tokens
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Tally)))
+
+    @property
+    def dropped_fraction(self) -> float:
+        """Share of the assignments asked for that nobody served."""
+        asked = int(self.demand.sum())
+        return (asked - int(self.served.sum())) / asked if asked else 0.0
+
+    @property
+    def imbalance(self) -> float:
+        """Tokens served by the busiest expert over the mean: 1 at perfect balance."""
+        mean = self.served.double().mean().item()
+        return self.served.max().item() / mean if mean else 1.0
+
+    @property
+    def variation(self) -> float:
+        """Coefficient of variation of the tokens served: standard deviation over mean."""
+        served = self.served.double()
+        mean = served.mean().item()
+        return served.std(correction=0).item() / mean if mean else 0.0
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of a token's scores in nats, 0 to log n_experts."""
+        return self.nats / self.tokens if self.tokens else 0.0
+
+    @property
+    def dead(self) -> int:
+        """Experts that no token asked for."""
+        return int((self.demand == 0).sum())
+
+
+class RoutingStats:
+    """Accumulates the routings of a layer, as a whole and, where tokens have labels, by label.
+
+    `overall` and each value of `by_label` is a `Tally`. `merge` of two accumulators equals one over
+    both. Nothing keeps a graph or a routing.
+
+    Args:
+        n_experts: of the layer.
+
+    Raises:
+        ValueError: on a routing of another number of experts, or labels that don't fit the tokens.
+    """
+
+    def __init__(self, n_experts: int) -> None:
+        check_sizes(n_experts=n_experts)
+        self.n_experts = n_experts
+        self.overall = tally(None, None, n_experts)
+        self.by_label: dict[str, Tally] = {}
+
+    def update(self, routing: Routing, labels: Sequence[str] | None = None) -> None:
+        """Count one routing; `labels` holds the kind of every token, padding included."""
+        if routing.n_experts != self.n_experts:
+            raise ValueError(
+                f"the routing has n_experts={routing.n_experts}, but these stats have "
+                f"n_experts={self.n_experts}"
+            )
+        if labels is not None and len(labels) != len(routing.mask):
+            raise ValueError(f"{len(labels)} labels for {len(routing.mask)} tokens")
+        self.overall += tally(routing, None, self.n_experts)
+        if labels is None:
+            return
+        for label in dict.fromkeys(labels):
+            chosen = torch.tensor([name == label for name in labels], device=routing.mask.device)
+            self._add(label, tally(routing, chosen, self.n_experts))
+
+    def merge(self, other: "RoutingStats") -> "RoutingStats":
+        """What one accumulator over the routings of both would hold."""
+        if other.n_experts != self.n_experts:
+            raise ValueError(f"n_experts={other.n_experts} is not n_experts={self.n_experts}")
+        merged = RoutingStats(self.n_experts)
+        merged.overall = self.overall + other.overall
+        for stats in (self, other):
+            for label, counted in stats.by_label.items():
+                merged._add(label, counted)
+        return merged
+
+    def _add(self, label: str, counted: Tally) -> None:
+        self.by_label[label] = self.by_label[label] + counted if label in self.by_label else counted
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each label, and "all": tokens, shares, and the tokens served by each expert."""
+        import pandas as pd
+
+        rows = {"all": self.overall, **self.by_label}
+        return pd.DataFrame.from_dict(
+            {
+                label: {
+                    "tokens": t.tokens,
+                    "dropped": t.dropped_fraction,
+                    "overflow": int(t.overflow.sum()),
+                    "imbalance": t.imbalance,
+                    "variation": t.variation,
+                    "entropy": t.entropy,
+                    "dead": t.dead,
+                    **{f"expert {e}": n for e, n in enumerate(t.served.tolist())},
+                }
+                for label, t in rows.items()
+            },
+            orient="index",
+        )
+
+
+@torch.no_grad()
+def tally(routing: Routing | None, chosen: Bool[Tensor, " tokens"] | None, n_experts: int) -> Tally:
+    """The sums over the chosen tokens of a routing (None: all of them), on the CPU."""
+    if routing is None:
+        zeros = torch.zeros(n_experts, dtype=torch.long, device="cpu")
+        return Tally(0, zeros, zeros, zeros, 0.0)
+    keep = routing.mask if chosen is None else routing.mask & chosen
+    asked, served = routing.requests[keep], routing.experts[keep]
+    gone = asked.masked_fill(asked == served, n_experts)
+    shares = routing.scores[keep].double()
+    shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    return Tally(
+        tokens=len(asked),
+        demand=count(asked, n_experts).cpu(),
+        served=count(served, n_experts).cpu(),
+        overflow=count(gone, n_experts).cpu(),
+        nats=torch.special.entr(shares).sum().item(),
+    )
