@@ -74,7 +74,8 @@ class RoutingStats:
     def __init__(self, n_experts: int) -> None:
         check_sizes(n_experts=n_experts)
         self.n_experts = n_experts
-        self.overall = tally(None, None, n_experts)
+        nothing = torch.zeros(n_experts, dtype=torch.long, device="cpu")
+        self.overall = Tally(0, nothing, nothing, nothing, 0.0)
         self.by_label: dict[str, Tally] = {}
 
     def update(self, routing: Routing, labels: Sequence[str] | None = None) -> None:
@@ -86,12 +87,12 @@ class RoutingStats:
             )
         if labels is not None and len(labels) != len(routing.mask):
             raise ValueError(f"{len(labels)} labels for {len(routing.mask)} tokens")
-        self.overall += tally(routing, None, self.n_experts)
+        self.overall += tally(routing, routing.mask)
         if labels is None:
             return
         for label in dict.fromkeys(labels):
             chosen = torch.tensor([name == label for name in labels], device=routing.mask.device)
-            self._add(label, tally(routing, chosen, self.n_experts))
+            self._add(label, tally(routing, chosen))
 
     def merge(self, other: "RoutingStats") -> "RoutingStats":
         """What one accumulator over the routings of both would hold."""
@@ -131,12 +132,9 @@ class RoutingStats:
 
 
 @torch.no_grad()
-def tally(routing: Routing | None, chosen: Bool[Tensor, " tokens"] | None, n_experts: int) -> Tally:
-    """The sums over the chosen tokens of a routing (None: all of them), on the CPU."""
-    if routing is None:
-        zeros = torch.zeros(n_experts, dtype=torch.long, device="cpu")
-        return Tally(0, zeros, zeros, zeros, 0.0)
-    keep = routing.mask if chosen is None else routing.mask & chosen
+def tally(routing: Routing, chosen: Bool[Tensor, " tokens"]) -> Tally:
+    """The sums over the chosen tokens of a routing, padding left out, on the CPU."""
+    n_experts, keep = routing.n_experts, routing.mask & chosen
     asked, served = routing.requests[keep], routing.experts[keep]
     gone = asked.masked_fill(asked == served, n_experts)
     shares = routing.scores[keep].double()
