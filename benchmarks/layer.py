@@ -7,6 +7,9 @@ Peers: the expert implementations of the transformers library ("eager", "grouped
 most 8 tokens, "batched_mm") on the same weights, behind the same kind of router. All run in turns,
 so that a slow moment of the machine falls on all alike; the median counts.
 
+"memory" is the most that the allocations of one call add up to at any moment, weights and input
+not counted, and how it compares with that peer's.
+
 The limit of a forward pass is the larger of its FLOPs over the machine's GEMM rate and the bytes
 of the weights it touches over its read bandwidth, both measured in the same run.
 """
@@ -14,11 +17,12 @@ of the weights it touches over its read bandwidth, both measured in the same run
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from statistics import geometric_mean
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -108,6 +112,15 @@ def seconds_at_best(shape: Shape, counts: Tensor, dtype: torch.dtype, limits: Li
     return max(flops / limits.flops, touched / limits.bandwidth)
 
 
+def peak(run: Callable[[], None]) -> int:
+    """The most bytes that one call holds at any moment, beyond what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = seen.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(accumulate((nbytes for _, nbytes in sorted(changes)), initial=0))
+
+
 def row(
     name: str, tokens: int, dtype: torch.dtype, routing: str, backward: bool, limits: Limits
 ) -> tuple[str, float]:
@@ -122,11 +135,13 @@ def row(
         del blocks["batched_mm"]  # copies the weights of every assignment: gigabytes
     runners = {"moe_ref": runner(lambda x: layer(x)[0], x, backward)}
     runners |= {peer: runner(block, x, backward) for peer, block in blocks.items()}
+    memory = {name: peak(run) for name, run in runners.items()}
     times = lesson.race(runners, seconds=1)
-    ours = times.pop("moe_ref")
+    ours, held = times.pop("moe_ref"), memory.pop("moe_ref")
     best = min(times, key=times.__getitem__)
     cells = [name, str(tokens), routing, str(dtype).removeprefix("torch."), f"{1000 * ours:.2f}"]
     cells += [f"{times[best] / ours:.2f} ({best})"]
+    cells += [f"{held / 2**20:.1f} ({held / memory[best]:.2f})"]
     if not backward:
         with torch.no_grad():
             counts = layer(x)[1].counts
@@ -146,7 +161,8 @@ def main() -> None:
     limits = {name: Limits.measure(DTYPES[name]) for name in options.dtype}
     for name, limit in limits.items():
         print(f"{name}: {limit.flops / 1e9:.0f} GFLOP/s, {limit.bandwidth / 1e9:.1f} GB/s")
-    columns = ["shape", "tokens", "routing", "dtype", "ms", "best peer's time / ours"]
+    columns = ["shape", "tokens", "routing", "dtype", "ms"]
+    columns += ["best peer's time / ours", "MiB (/ that peer's)"]
     columns += [] if options.backward else ["share of the limit"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     ratios = []

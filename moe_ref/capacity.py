@@ -5,6 +5,7 @@ import math
 from fractions import Fraction
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -70,11 +71,13 @@ class Capacity:
         limit = self.limit(int(routing.mask.sum()), slots, n_experts)
         room = torch.full_like(routing.demand, limit)
         order = self._order(routing.weights)
-        admitted = admit(routing.experts, order, room)
+        admitted = torch.empty_like(order, dtype=torch.bool)
+        admitted[order] = admit(routing.experts.flatten()[order], room)
+        admitted = admitted.view(routing.experts.shape)
         experts = routing.experts.masked_fill(~admitted, n_experts)
         weights = routing.weights.masked_fill(~admitted, 0)
         if self.overflow == "reroute":
-            experts = self._reroute(routing, experts, room - count(experts, n_experts))
+            experts = reroute(routing, experts, order, room - count(experts, n_experts))
             weights = rerouted_weights(routing, experts)
         return dataclasses.replace(
             routing, experts=experts, weights=weights, asked=routing.requests
@@ -89,70 +92,67 @@ class Capacity:
             return places
         return places.view(weights.shape).T.flatten()
 
-    def _reroute(
-        self,
-        routing: Routing,
-        experts: Int[Tensor, "tokens slots"],
-        room: Int[Tensor, " n_experts"],
-    ) -> Int[Tensor, "tokens slots"]:
-        """Find places for the dropped, in rounds.
-
-        In a round every token asks for as many experts as it has slots without a place, the best
-        ones with room that it does not use; each expert admits by priority. An expert that turned
-        somebody away is full, so there are at most n_experts rounds.
-        """
-        n_experts, slots = routing.n_experts, experts.shape[1]
-        homeless = (experts == n_experts) & (routing.experts < n_experts)
-        rank = torch.empty(experts.numel(), dtype=torch.long, device=experts.device)
-        order = self._order(routing.weights)
-        rank[order] = torch.arange(len(order), device=order.device)
-        while homeless.any() and room.any():
-            tokens = homeless.any(dim=1).nonzero()[:, 0]
-            asked = ask(routing.scores[tokens], experts[tokens], homeless[tokens], room)
-            local = rank.view(-1, slots)[tokens].flatten().argsort()
-            admitted = admit(asked, local, room)
-            experts = experts.index_copy(0, tokens, torch.where(admitted, asked, experts[tokens]))
-            room = room - count(asked.masked_fill(~admitted, n_experts), n_experts)
-            # Whoever found nobody to ask never will: experts only fill up.
-            homeless[tokens] = (asked < n_experts) & ~admitted
-        return experts
-
 
 def admit(
+    arriving: Int[Tensor, " assignments"], room: Int[Tensor, " n_experts"]
+) -> Bool[Tensor, " assignments"]:
+    """Which of the assignments, arriving in this order, get one of the `room` places of theirs."""
+    sizes = count(arriving, len(room) + 1)
+    by_expert = arriving.argsort(stable=True)  # keeps the order within an expert
+    ahead = (sizes.cumsum(0) - sizes)[arriving[by_expert]]
+    place = torch.empty_like(arriving)
+    place[by_expert] = torch.arange(len(arriving), device=arriving.device) - ahead
+    room = torch.cat([room, room.new_zeros(1)])  # expert n_experts, nobody, has no place
+    return place < room[arriving]
+
+
+def reroute(
+    routing: Routing,
     experts: Int[Tensor, "tokens slots"],
     order: Int[Tensor, " assignments"],
     room: Int[Tensor, " n_experts"],
-) -> Bool[Tensor, "tokens slots"]:
-    """Which assignments get one of the `room` places of their expert, if they come in `order`."""
-    n_experts = len(room)
-    arriving = experts.flatten()[order]
-    by_expert = arriving.argsort(stable=True)  # keeps the order within an expert
-    sizes = count(experts, n_experts + 1)
-    starts = (sizes.cumsum(0) - sizes)[arriving[by_expert]]
-    place = torch.arange(len(order), device=order.device) - starts
-    room_and_none = torch.cat([room, room.new_zeros(1)])  # expert n_experts, nobody, has no place
-    admitted = torch.zeros_like(order, dtype=torch.bool)
-    admitted[order[by_expert]] = place < room_and_none[arriving[by_expert]]
-    return admitted.view(experts.shape)
+) -> Int[Tensor, "tokens slots"]:
+    """Find places for the dropped, in rounds.
+
+    In a round every token asks for as many experts as it has slots without a place, the best ones
+    with room that it does not use; each expert admits by priority. An expert that turned somebody
+    away is full, so there are at most n_experts rounds.
+    """
+    dropped = (experts == routing.n_experts) & (routing.experts < routing.n_experts)
+    experts = experts.clone()
+    homeless = order[dropped.flatten()[order]]
+    while len(homeless) and room.any():
+        wanted = ask(routing.scores, experts, homeless, room)
+        admitted = admit(wanted, room)
+        experts.view(-1)[homeless[admitted]] = wanted[admitted]
+        room = room - count(wanted[admitted], routing.n_experts)
+        # Whoever found nobody to ask never will: experts only fill up.
+        homeless = homeless[(wanted < routing.n_experts) & ~admitted]
+    return experts
 
 
 def ask(
     scores: Float[Tensor, "tokens n_experts"],
     experts: Int[Tensor, "tokens slots"],
-    homeless: Bool[Tensor, "tokens slots"],
+    homeless: Int[Tensor, " assignments"],
     room: Int[Tensor, " n_experts"],
-) -> Int[Tensor, "tokens slots"]:
+) -> Int[Tensor, " assignments"]:
     """For each slot without a place the next best expert with room, no two of a token alike."""
-    tokens, n_experts = scores.shape
-    used = torch.zeros(tokens, n_experts + 1, dtype=torch.bool, device=scores.device)
-    used.scatter_(1, experts, True)
-    open_scores = scores.detach().masked_fill(used[:, :n_experts] | (room == 0), -1)
-    wanted = min(int(homeless.sum(dim=1).max()), n_experts)
-    choices = top_k(open_scores, wanted)
+    n_experts = len(room)
+    asking = torch.zeros_like(experts, dtype=torch.bool)
+    asking.view(-1)[homeless] = True
+    tokens = asking.any(dim=1).nonzero()[:, 0]
+    turn = asking[tokens].cumsum(dim=1)  # 1 at a token's first homeless slot, 2 at its second, ...
+    most = min(int(turn[:, -1].max()), n_experts)
+    closed = (room == 0).repeat(len(tokens), 1)
+    closed = F.pad(closed, (0, 1)).scatter_(1, experts[tokens], True)[:, :n_experts]
+    open_scores = scores.detach()[tokens].masked_fill_(closed, -1)
+    choices = top_k(open_scores, most)
     choices = choices.masked_fill(open_scores.gather(1, choices) < 0, n_experts)
-    turn = (homeless.cumsum(dim=1) - 1).clamp(0, wanted - 1)  # first homeless slot, second, ...
-    beyond = homeless.cumsum(dim=1) > wanted
-    return choices.gather(1, turn).masked_fill(~homeless | beyond, n_experts)
+    choices = F.pad(choices, (1, 0), value=n_experts)
+    wishes = experts.new_full(experts.shape, n_experts)
+    wishes[tokens] = choices.gather(1, turn.masked_fill(turn > most, 0))
+    return wishes.view(-1)[homeless]
 
 
 def rerouted_weights(
@@ -160,7 +160,7 @@ def rerouted_weights(
 ) -> Float[Tensor, "tokens slots"]:
     """Weights of the experts now used: the new score, normalised as the slot's old one was."""
     n_experts = routing.n_experts
-    scores = torch.nn.functional.pad(routing.scores, (0, 1))  # nobody has score 0
+    scores = F.pad(routing.scores, (0, 1))  # nobody has score 0
     before, after = scores.gather(1, routing.experts), scores.gather(1, experts)
     moved = routing.weights * after / before.clamp(min=1e-20)
     kept = torch.where(experts == routing.experts, routing.weights, moved)

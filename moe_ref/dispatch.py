@@ -55,10 +55,44 @@ def combine(
     The sum is taken in float32 at least, in the order of the slots: the same bits every time.
     A token that nobody serves gets 0.
     """
-    tokens, slots = routing.experts.shape
-    answers = rows.new_zeros(tokens * slots, rows.shape[-1]).index_copy(0, plan.order, rows)
-    answers = answers.unflatten(0, (tokens, slots))
-    return (answers * routing.weights[..., None]).sum(dim=1).to(rows.dtype)
+    return WeightedSum.apply(rows, routing.weights, plan.order).to(rows.dtype)
+
+
+class WeightedSum(torch.autograd.Function):
+    """y[t] = sum over slots s of weights[t, s] * rows[the row of slot t, s].
+
+    Slot by slot, so that no tensor of the size of all rows is made; autograd, left to itself,
+    would make one for each slot. The gradient of a row is weights[t, s] * grad[t], that of a
+    weight is rows[...] . grad[t].
+    """
+
+    @staticmethod
+    def forward(ctx, rows, weights, order):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(rows, weights, order)
+        dtype = torch.promote_types(rows.dtype, weights.dtype)
+        y = torch.zeros(len(weights), rows.shape[-1], dtype=dtype, device=rows.device)
+        if len(rows) == 0:
+            return y
+        # Where each slot's row stands; a slot that nobody serves has none, and is cleared.
+        served = torch.zeros_like(weights, dtype=torch.bool).view(-1)
+        served[order] = True
+        place = torch.zeros_like(served, dtype=torch.long)
+        place[order] = torch.arange(len(order), device=order.device)
+        for slot in range(weights.shape[1]):
+            answers = rows.index_select(0, place.view(weights.shape)[:, slot])
+            if len(order) < weights.numel():
+                answers.masked_fill_(~served.view(weights.shape)[:, slot, None], 0)
+            y.addcmul_(answers, weights[:, slot, None])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        rows, weights, order = ctx.saved_tensors
+        grad = grad.index_select(0, order // weights.shape[1])
+        share = weights.flatten().index_select(0, order)[:, None]
+        products = (grad * rows).sum(dim=-1).to(weights.dtype)
+        by_weight = torch.zeros_like(weights).view(-1).index_copy(0, order, products)
+        return (grad * share).to(rows.dtype), by_weight.view(weights.shape), None
 
 
 def one_hot(routing: Routing) -> Float[Tensor, "tokens n_experts capacity"]:

@@ -1,6 +1,8 @@
 """All experts of a layer: their weights stacked, and the ways to multiply by them."""
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +25,10 @@ class Experts(nn.Module):
         bias: as in `FeedForward`.
         backend: "loop", one matrix product after the other, any dtype; "padded", one batched
             product, every run of rows filled up to the longest; "grouped", torch's grouped_mm, for
-            float32, float16 and bfloat16 with d_model and d_ff a multiple of 16 bytes; "auto",
-            grouped on a GPU where it applies, else the loop. Under torch.compile grouped is for
-            bfloat16, and the loop takes its place for other dtypes.
+            float32, float16 and bfloat16 with d_model and d_ff a multiple of 16 bytes; "auto", the
+            loop, but where it applies grouped on a GPU, and on a CPU in bfloat16 with 2 to 16 rows
+            for each expert (measured in benchmarks/). Under torch.compile grouped is for bfloat16,
+            and the loop takes its place for other dtypes.
 
     `gate_up` is [n_experts, 2 * d_ff, d_model], the rows of the gate first; blocks without a gate
     have `up`, [n_experts, d_ff, d_model]. `down` is [n_experts, d_model, d_ff]. Biases, if any,
@@ -80,12 +83,39 @@ class Experts(nn.Module):
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))
         elif rows.dtype != self.down.dtype:
             raise ValueError(f"rows are {rows.dtype}, but the experts are {self.down.dtype}")
-        project = self._backend_for(rows)
+        backend = self._backend_for(rows)
+        if backend == "loop":
+            return self._loop(rows, counts)
+        project = project_padded if backend == "padded" else project_grouped
         into, into_bias = getattr(self, self.into), getattr(self, f"{self.into}_bias")
         hidden = activate(project(rows, counts, into, into_bias), self.activation)
         return project(hidden, counts, self.down, self.down_bias)
 
-    def _backend_for(self, rows: Tensor) -> Callable[..., Tensor]:
+    def _loop(
+        self, rows: Float[Tensor, "rows d_model"], counts: Int[Tensor, " n_experts"]
+    ) -> Float[Tensor, "rows d_model"]:
+        """One block after the other, skipping those without rows."""
+        into, down = one_by_one(getattr(self, self.into)), one_by_one(self.down)
+        into_bias = one_by_one(getattr(self, f"{self.into}_bias"))
+        down_bias = one_by_one(self.down_bias)
+        sizes = counts.tolist()
+        # With no rows at all one empty product still ties the output to the weights.
+        busy = [e for e, size in enumerate(sizes) if size] or [0]
+
+        def block(e: int, run: Tensor) -> Tensor:
+            hidden = activate(multiply(run, into(e), into_bias(e)), self.activation)
+            return multiply(hidden, down(e), down_bias(e))
+
+        lengths = [sizes[e] for e in busy]
+        answers = (block(e, run) for e, run in zip(busy, rows.split(lengths), strict=True))
+        if torch.is_grad_enabled():
+            return torch.cat(list(answers))
+        y = torch.empty_like(rows)  # cat would hold every answer twice
+        for place, answer in zip(y.split(lengths), answers, strict=True):
+            place.copy_(answer)
+        return y
+
+    def _backend_for(self, rows: Tensor) -> str:
         fits = (
             rows.dtype in (torch.float32, torch.float16, torch.bfloat16)
             and self.d_model * rows.itemsize % 16 == 0
@@ -98,28 +128,71 @@ class Experts(nn.Module):
             )
         # torch.compile knows grouped_mm in bfloat16 only.
         known = rows.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
-        wanted = self.backend == "grouped" or (self.backend == "auto" and rows.is_cuda)
-        if wanted and fits and known:
-            return project_grouped
-        return project_padded if self.backend == "padded" else project_loop
+        if self._wants_grouped(rows) and fits and known:
+            return "grouped"
+        return "padded" if self.backend == "padded" else "loop"
+
+    def _wants_grouped(self, rows: Tensor) -> bool:
+        if self.backend != "auto" or rows.is_cuda:
+            return self.backend in ("auto", "grouped")
+        if torch.compiler.is_compiling():  # the number of rows is not known yet
+            return False
+        return rows.dtype == torch.bfloat16 and 2 < len(rows) / self.n_experts <= 16
 
 
-def project_loop(
+def one_by_one(stacked: Tensor | None) -> Callable[[int], Any]:
+    """A function that gives the weights of expert e, or None where there are none.
+
+    Where gradients are wanted the stack is taken apart at once: the backward of unbind stacks the
+    gradients, where that of indexing would add up n_experts tensors of the full size.
+    """
+    if stacked is None:
+        return lambda e: None
+    return (stacked.unbind() if torch.is_grad_enabled() else stacked).__getitem__
+
+
+def multiply(
     rows: Float[Tensor, "rows inputs"],
-    counts: Int[Tensor, " n_experts"],
-    weight: Float[Tensor, "n_experts outputs inputs"],
-    bias: Float[Tensor, "n_experts outputs"] | None,
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, " outputs"] | None,
 ) -> Float[Tensor, "rows outputs"]:
-    """One matrix product for each expert that has rows."""
-    sizes = counts.tolist()
-    # unbind, not weight[e]: its backward stacks the gradients once and leaves idle ones at zero,
-    # where indexing would add up n_experts tensors of the full size.
-    weights = weight.unbind()
-    biases = [None] * len(weights) if bias is None else bias.unbind()
-    runs = rows.split(sizes)
-    # With no rows at all one empty product still ties the output to the weights.
-    busy = [e for e, size in enumerate(sizes) if size] or [0]
-    return torch.cat([F.linear(runs[e], weights[e], biases[e]) for e in busy])
+    """F.linear, with few rows on a CPU by faster ways: `benchmarks/README.md` has the figures.
+
+    A product of few rows is bound by reading the weight. MKL and oneDNN read it at half the speed
+    of memory or less, unless MKL is given a batch of blocks, and unless oneDNN is left out.
+    """
+    few = len(rows) < 64 and rows.device.type == weight.device.type == "cpu"
+    if not few or rows.dtype != weight.dtype or torch.compiler.is_compiling():
+        return F.linear(rows, weight, bias)
+    if rows.dtype == torch.float32 and len(weight) % 4 == 0:
+        answers = in_blocks(rows, weight)
+    elif rows.dtype == torch.bfloat16 and len(rows) == 1:
+        answers = without_onednn(rows, weight)
+    else:
+        return F.linear(rows, weight, bias)
+    return answers if bias is None else answers + bias
+
+
+def in_blocks(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight.T as a batch of four products, each with a quarter of the outputs."""
+    blocks = weight.unflatten(0, (4, -1))
+    if 3 <= len(rows) < 16:
+        return torch.bmm(rows.expand(4, -1, -1), blocks.mT).transpose(0, 1).flatten(1)
+    return torch.bmm(blocks, rows.T.expand(4, -1, -1)).flatten(0, 1).T
+
+
+_one_at_a_time = threading.Lock()
+
+
+def without_onednn(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight.T by torch's own kernel; oneDNN has but one switch, for the whole process."""
+    with _one_at_a_time:
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        try:
+            return F.linear(rows, weight)
+        finally:
+            torch.backends.mkldnn.enabled = before
 
 
 def project_padded(

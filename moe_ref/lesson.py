@@ -111,8 +111,9 @@ def compare(what: str, ours: Any, theirs: Any, *, tolerance: float = 1e-5) -> No
 def race(runners: Mapping[str, Callable[[], object]], *, seconds: float = 0.5) -> dict[str, float]:
     """Median seconds per call of several functions, timed in turns for about `seconds` each.
 
-    Taking turns lets a slow moment of the machine fall on all of them alike. Each is called twice
-    before the clock starts. Work on an accelerator is waited for.
+    Taking turns lets a slow moment of the machine fall on all of them alike. The order is drawn
+    anew in each round: what runs first after a call that floods the caches is slower. Each is
+    called twice before the clock starts. Work on an accelerator is waited for.
     """
     timers = {name: timeit.Timer(run, timer=_clock) for name, run in runners.items()}
     calls = {}
@@ -120,10 +121,10 @@ def race(runners: Mapping[str, Callable[[], object]], *, seconds: float = 0.5) -
         timer.timeit(1)  # the first call pays for caches and compilation
         calls[name] = max(1, int(0.002 / max(timer.timeit(1), 1e-7)))  # a sample of 2 ms or more
     samples: dict[str, list[float]] = {name: [] for name in timers}
-    begin, rounds = perf_counter(), 0
+    begin, rounds, shuffled = perf_counter(), 0, random.Random(0)
     while rounds < 3 or perf_counter() - begin < seconds * len(timers):
-        for name, timer in timers.items():
-            samples[name].append(timer.timeit(calls[name]) / calls[name])
+        for name in shuffled.sample(list(timers), len(timers)):
+            samples[name].append(timers[name].timeit(calls[name]) / calls[name])
         rounds += 1
     return {name: statistics.median(times) for name, times in samples.items()}
 

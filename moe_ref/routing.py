@@ -72,7 +72,7 @@ class NoisyRouting(Routing):
     sigma: Float[Tensor, "tokens n_experts"]  # standard deviation of the noise
 
 
-def count(experts: Int[Tensor, "tokens slots"], n_experts: int) -> Int[Tensor, " n_experts"]:
+def count(experts: Int[Tensor, "*assignments"], n_experts: int) -> Int[Tensor, " n_experts"]:
     """How often each expert occurs; the entry `n_experts`, nobody, is not counted."""
     chosen = experts.flatten()
     totals = chosen.new_zeros(n_experts + 1).scatter_add_(0, chosen, torch.ones_like(chosen))
@@ -86,7 +86,7 @@ def top_k(scores: Float[Tensor, "tokens n_experts"], k: int) -> Int[Tensor, "tok
     sort like the scores and never tie: the bits of the score, then the index, counted down.
     """
     n_experts = scores.shape[-1]
-    bits = (scores.detach().float() + 0.0).view(torch.int32).long()  # + 0.0: no negative zero
+    bits = (scores.detach().float() + 0.0).view(torch.int32)  # + 0.0: no negative zero
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort the other way round
     falling = torch.arange(n_experts - 1, -1, -1, device=scores.device)
-    return (ordered * n_experts + falling).topk(k, dim=-1).indices
+    return ordered.long().mul_(n_experts).add_(falling).topk(k, dim=-1).indices

@@ -1,5 +1,8 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +43,41 @@ def test_outputs_and_gradients_are_those_of_the_specification(backend, activatio
     experts = Experts(len(counts), 8, 12, activation=activation, backend=backend)
     rows = torch.randn(sum(counts), 8, requires_grad=True)
     compare(experts, rows, torch.tensor(counts))
+
+
+@pytest.mark.parametrize("d_ff", [12, 10])  # 10: outputs that don't fall into four blocks
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_and_many_give_what_linear_gives(d_ff, bias):
+    torch.manual_seed(0)
+    counts = torch.tensor([1, 2, 3, 15, 16, 63, 64, 65])
+    experts = Experts(len(counts), 8, d_ff, activation="relu", bias=bias, backend="loop")
+    rows = torch.randn(int(counts.sum()), 8, requires_grad=True)
+    expected = []
+    for e, run in enumerate(rows.split(counts.tolist())):
+        hidden = F.linear(run, experts.up[e], experts.up_bias[e] if bias else None).relu()
+        expected.append(F.linear(hidden, experts.down[e], experts.down_bias[e] if bias else None))
+    leaves = [rows, *experts.parameters()]
+    ours = experts(rows, counts)
+    assert_close(ours, torch.cat(expected))
+    for mine, theirs in zip(
+        gradients(ours, *leaves), gradients(torch.cat(expected), *leaves), strict=True
+    ):
+        assert_close(mine, theirs)
+    with torch.no_grad():
+        assert torch.equal(experts(rows, counts), ours)
+
+
+def test_threads_that_multiply_single_rows_leave_onednn_as_it_was():
+    torch.manual_seed(0)
+    experts = Experts(4, 64, 64, backend="loop").bfloat16()
+    rows, counts = torch.randn(4, 64, dtype=torch.bfloat16), torch.ones(4, dtype=torch.long)
+    expected = experts(rows, counts)
+    assert_close(expected, naive(rows.float(), counts, experts.float()), relative=0.03)
+    experts = experts.bfloat16()
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: experts(rows, counts), range(200)))
+    assert all(torch.equal(answer, expected) for answer in answers)
+    assert torch.backends.mkldnn.enabled
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

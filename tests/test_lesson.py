@@ -236,8 +236,9 @@ def test_race_takes_turns_and_gives_medians_per_call():
     assert 0.004 <= seconds["short"] < seconds["long"]
     assert seconds["long"] >= 0.012
     timed = calls[4:]  # after two calls of each to warm up
-    assert timed == ["short", "long"] * (len(timed) // 2)
-    assert len(timed) >= 6
+    rounds = [timed[i : i + 2] for i in range(0, len(timed), 2)]
+    assert len(rounds) >= 3
+    assert all(sorted(turn) == ["long", "short"] for turn in rounds)
 
 
 def test_measure_repeats_what_is_too_short_for_the_clock():
