@@ -1,13 +1,15 @@
 """From one dense feed-forward block to Mixture-of-Experts inference, every step executable.
 
-The side rooms are imported when asked for: `from moe_ref import corpora, figures, lesson, checks`.
+The rest is imported when asked for: `from moe_ref import training, generation, checkpoints`, and
+the side rooms, `from moe_ref import corpora, figures, lesson, checks`.
 """
 
-from . import balance, capacity, dispatch, experts, ffn, layer, routers, routing, telemetry
+from . import balance, capacity, dispatch, experts, ffn, layer, model, routers, routing, telemetry
 from .capacity import Capacity
 from .experts import Experts
 from .ffn import FeedForward
 from .layer import MoELayer
+from .model import Transformer, TransformerConfig
 from .routers import (
     ExpertChoiceRouter,
     GShardRouter,
@@ -30,12 +32,15 @@ __all__ = [
     "Routing",
     "SwitchRouter",
     "TopKRouter",
+    "Transformer",
+    "TransformerConfig",
     "balance",
     "capacity",
     "dispatch",
     "experts",
     "ffn",
     "layer",
+    "model",
     "routers",
     "routing",
     "telemetry",

@@ -1,0 +1,143 @@
+"""Train the two models of `data/`: a small MoE, and its dense twin of equal active FLOPs.
+
+    python data/tiny.py                        # both, into data/; about two hours on two cores
+    python data/tiny.py moe --steps 100 --seed 1 --folder build/tiny
+
+Both see the same batches in the same order. A run that was interrupted goes on from its last
+checkpoint. What comes out: the weights in bfloat16 in Hugging Face's format, the tokenizer, the
+history of the run as CSV, and a model card with held-out losses, loads and samples.
+"""
+
+import argparse
+import dataclasses
+import platform
+from pathlib import Path
+
+import torch
+
+from moe_ref import Transformer, TransformerConfig, checkpoints, corpora, generation, training
+from moe_ref.telemetry import RoutingStats
+
+COMMON = {"vocab_size": 4096, "d_model": 192, "n_layers": 4, "n_heads": 6, "n_kv_heads": 2}
+MODELS = {
+    "moe": TransformerConfig(**COMMON, d_ff=112, n_experts=16, k=2, tied=True),
+    "dense": TransformerConfig(**COMMON, d_ff=224, tied=True),
+}
+# Large domains would drown the small ones by their size, and equal shares would read the small
+# ones a hundred times over: in between lies size to the power of 0.7.
+SIZES = {name: entry["tokens"] for name, entry in corpora.manifest()["domains"].items()}
+TRAINING = training.TrainingConfig(
+    steps=2000,
+    batch=32,
+    seq=128,
+    warmup=100,
+    balance={"switch": 0.01, "z": 0.001},
+    evaluate_every=100,
+    checkpoint_every=100,
+    weights={name: round(tokens**0.7) for name, tokens in SIZES.items()},
+)
+PROMPTS = {
+    "code": "    def __init__(self, ",
+    "prose": "The function returns ",
+    "french": "Impossible de ",
+    "russian": "Не удалось ",
+    "japanese": "ファイル",
+    "chinese": "无法",
+    "incidents": "Laptop stolen",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--steps", type=int, default=TRAINING.steps)
+    parser.add_argument("--seed", type=int, default=TRAINING.seed, help="of weights and data")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    if unknown := set(options.models) - set(MODELS):
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(MODELS)}")
+    config = dataclasses.replace(TRAINING, steps=options.steps, seed=options.seed)
+    for name in options.models:
+        folder = options.folder / f"tiny-{name}"
+        torch.manual_seed(options.seed)
+        model = Transformer(MODELS[name]).to(options.device)
+        history = training.train(model, corpora.DOMAINS, config, folder=folder / "run")
+        tokenizer = corpora.data_file("tokenizer.json")
+        checkpoints.save(model.cpu(), folder, dtype=torch.bfloat16, tokenizer=tokenizer)
+        history.to_frame().to_csv(folder / "history.csv", index=False, float_format="%.5g")
+        history.by_domain().to_csv(folder / "held_out.csv", float_format="%.4f")
+        card = model_card(name, checkpoints.load(folder), config, history)
+        checkpoints.write_text(card, folder / "README.md")
+        print(card)
+
+
+def model_card(
+    name: str,
+    model: Transformer,
+    config: training.TrainingConfig,
+    history: training.History,
+) -> str:
+    """What the model is, how it was made, and what it can do, in Markdown."""
+    losses = training.evaluate(model, corpora.DOMAINS, batch=config.batch, seq=config.seq)
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    seconds = sum(step["seconds"] for step in history.steps)
+    tokens = config.steps * config.batch * config.seq
+    lines = [
+        f"# tiny-{name}",
+        "",
+        f"A decoder of {stored:,} parameters, trained from scratch on the text described in",
+        "`data/README.md` (`moe_ref.corpora`), by `python data/tiny.py " + name + "`.",
+        "",
+        f"- {model.config}",
+        f"- {config}",
+        f"- {tokens:,} tokens read in {seconds:,.0f} s of training steps; torch {torch.__version__},"
+        f" {torch.get_num_threads()} threads, {platform.machine()}",
+        "",
+        "Held-out loss in nats per token, of the weights as stored:",
+        "",
+        "| " + " | ".join([*losses, "mean"]) + " |",
+        "|" + "--:|" * (len(losses) + 1),
+        "| " + " | ".join(f"{x:.3f}" for x in [*losses.values(), mean(losses)]) + " |",
+    ]
+    if model.config.n_experts:
+        lines += ["", "Share of the held-out assignments that each expert gets:", "", *loads(model)]
+    lines += ["", "Greedy continuations of a prompt of each domain:", ""]
+    lines += [f"- {domain}: `{said}`" for domain, said in samples(model).items()]
+    return "\n".join(lines) + "\n"
+
+
+def mean(losses: dict[str, float]) -> float:
+    return sum(losses.values()) / len(losses)
+
+
+@torch.no_grad()
+def loads(model: Transformer) -> list[str]:
+    """A table of the load of each expert, layer by layer, and how uneven it is."""
+    layers = [RoutingStats(model.config.n_experts) for _ in model.blocks]
+    for batch in corpora.sweep(corpora.DOMAINS, batch=32, seq=128):
+        for stats, routing in zip(layers, model(batch.inputs, mask=batch.mask).routings):
+            stats.update(routing)
+    experts = range(model.config.n_experts)
+    table = ["| layer | " + " | ".join(map(str, experts)) + " | max / mean |"]
+    table += ["|" + "--:|" * (model.config.n_experts + 2)]
+    for i, stats in enumerate(layers):
+        shares = (stats.overall.served / stats.overall.served.sum()).tolist()
+        cells = " | ".join(f"{100 * share:.1f}%" for share in shares)
+        table.append(f"| {i} | {cells} | {stats.overall.imbalance:.2f} |")
+    return table
+
+
+def samples(model: Transformer) -> dict[str, str]:
+    """What the model says after each prompt, as one line."""
+    said = {}
+    for domain, prompt in PROMPTS.items():
+        ids = torch.tensor([[corpora.END, *corpora.tokenizer().encode(prompt).ids]])
+        tokens = generation.generate(model, ids, 40, stop=corpora.END)[0, 1:].tolist()
+        text = corpora.tokenizer().decode([token for token in tokens if token != corpora.END])
+        said[domain] = text.replace("\n", "⏎").replace("`", "'")
+    return said
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""`Transformer` and its checkpoints against transformers' Mixtral and Mistral."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe_ref import Transformer, TransformerConfig, checkpoints, corpora, generation
+from tests.tools import assert_close
+
+# Mixtral 8x7B, a Mixtral with other sizes, and Mistral 7B, scaled down.
+CONFIGS = {
+    "mixtral": TransformerConfig(320, 64, 3, 8, 56, n_kv_heads=2, n_experts=8, k=2, rope_theta=1e6),
+    "wide": TransformerConfig(320, 48, 2, 2, 16, n_experts=16, k=5, tied=True, norm_eps=1e-6),
+    "mistral": TransformerConfig(320, 64, 3, 8, 112, n_kv_heads=2),
+    "tied": TransformerConfig(320, 64, 2, 4, 112, tied=True),
+}
+
+
+def pair(name, folder, seed=0):
+    torch.manual_seed(seed)
+    ours = Transformer(CONFIGS[name])
+    checkpoints.save(ours, folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("batch", "seq", "seed"), [(1, 1, 0), (2, 17, 1), (3, 64, 2)])
+def test_logits_and_all_gradients_are_those_of_transformers(name, batch, seq, seed, tmp_path):
+    ours, theirs = pair(name, tmp_path, seed)
+    ids = torch.randint(
+        1, 320, (batch, seq)
+    )  # 0 is padding: theirs gives its embedding no gradient
+    weight = torch.randn(batch, seq, 320)
+    logits, expected = ours(ids).logits, theirs(ids).logits
+    assert_close(logits, expected)
+    (logits * weight).sum().backward()
+    (expected * weight).sum().backward()
+    reference = Transformer(ours.config)
+    for parameter in reference.parameters():
+        parameter.data.zero_()
+    grads = dict(theirs.named_parameters())
+    theirs_to_ours = dict(reference.named_parameters())
+    fused = fused_names(ours.config)
+    for theirs_name, our_name in fused.items():
+        theirs_to_ours[our_name].data.copy_(grads[theirs_name].grad)
+    if not ours.config.n_experts:  # Mistral keeps gate and up apart
+        for i in range(ours.config.n_layers):
+            mlp = f"model.layers.{i}.mlp"
+            both = [grads[f"{mlp}.{part}_proj.weight"].grad for part in ("gate", "up")]
+            theirs_to_ours[f"blocks.{i}.mlp.gate_up.weight"].data.copy_(torch.cat(both))
+    # With one token the attention is sure: the gradients of query and key are all rounding.
+    largest = max(parameter.grad.abs().max().item() for parameter in ours.parameters())
+    for our_name, parameter in ours.named_parameters():
+        assert_close(parameter.grad, theirs_to_ours[our_name].data, floor=largest / 10)
+
+
+def fused_names(config):
+    """The parameter of transformers' model in memory, where experts are stacked, and ours."""
+    stacked = {".0.w1.weight": ".gate_up_proj", ".0.w2.weight": ".down_proj"}
+    names = {}
+    for theirs, (ours, index) in checkpoints.layout(config).items():
+        theirs = theirs.replace("block_sparse_moe", "mlp")
+        for first, all_of_them in stacked.items():
+            if theirs.endswith(f"experts{first}"):
+                names[theirs.replace(first, all_of_them)] = ours
+        if index == ():
+            names[theirs] = ours
+    return names
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_checkpoint_saved_by_transformers_loads_with_the_same_logits(name, tmp_path):
+    ours, theirs = pair(name, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="200KB")
+    assert len(checkpoints.weight_files(tmp_path / "theirs")) > 1
+    loaded = checkpoints.load(tmp_path / "theirs")
+    assert loaded.config == dataclasses.replace(ours.config, n_kv_heads=ours.config.kv_heads)
+    ids = torch.randint(0, 320, (2, 9))
+    assert_close(loaded(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_generation_with_our_cache_is_that_of_transformers(name, tmp_path):
+    ours, theirs = pair(name, tmp_path)
+    ids = torch.randint(0, 320, (2, 5))
+    expected = theirs.generate(
+        ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(generation.generate(ours, ids, 12), expected)
+
+
+def test_the_tokenizer_beside_the_weights_is_ours(tmp_path):
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(CONFIGS["mixtral"], vocab_size=4096))
+    checkpoints.save(model, tmp_path, tokenizer=corpora.data_file("tokenizer.json"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for domain in corpora.DOMAINS:
+        text = corpora.documents(domain)[0]
+        assert theirs(text)["input_ids"] == corpora.tokenizer().encode(text).ids
+        assert theirs.decode(theirs(text)["input_ids"]) == text
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (corpora.PAD, corpora.END)

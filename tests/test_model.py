@@ -1,0 +1,234 @@
+"""The decoder. Its mathematics is compared with transformers' in parity/test_models.py."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_ref import FeedForward, MoELayer, Transformer, TransformerConfig, model
+from moe_ref.model import Cache, attend, rotary_angles, rotate, upcycle
+
+from .tools import assert_close
+
+DENSE = TransformerConfig(50, 16, 2, 4, 24, n_kv_heads=2)
+MOE = dataclasses.replace(DENSE, n_experts=4, k=2, d_ff=12)
+
+
+def build(config=MOE, seed=0):
+    torch.manual_seed(seed)
+    return Transformer(config)
+
+
+def tokens(batch, seq, seed=0, vocab_size=50):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab_size, (batch, seq), generator=generator)
+
+
+# ------------------------------------------------------------------------------ shape
+
+
+def test_every_nth_block_has_experts_and_gives_a_routing():
+    config = dataclasses.replace(MOE, n_layers=6, every=3)
+    decoder = build(config)
+    kinds = [type(block.mlp) for block in decoder.blocks]
+    assert kinds == [FeedForward, FeedForward, MoELayer] * 2
+    output = decoder(tokens(2, 7))
+    assert output.logits.shape == (2, 7, 50)
+    assert [routing.experts.shape for routing in output.routings] == [(14, 2)] * 2
+    assert [config.is_moe(i) for i in range(6)] == [False, False, True] * 2
+
+
+def test_a_dense_block_among_experts_costs_the_flops_of_k_experts_unless_told():
+    config = dataclasses.replace(MOE, every=2)
+    assert build(config).blocks[0].mlp.down.weight.shape == (16, 2 * 12)
+    wider = dataclasses.replace(config, d_dense=40)
+    assert build(wider).blocks[0].mlp.down.weight.shape == (16, 40)
+
+
+def test_parameters_are_those_of_the_formula():
+    config = dataclasses.replace(MOE, d_shared=20)
+    attention = 16 * 16 * 2 + 2 * 16 * 8
+    mlp = 4 * 16 + 4 * 3 * 16 * 12 + 3 * 16 * 20
+    whole = 2 * 50 * 16 + 2 * (attention + mlp + 2 * 16) + 16
+    assert sum(p.numel() for p in build(config).parameters()) == whole
+    tied = build(dataclasses.replace(config, tied=True))
+    assert sum(p.numel() for p in tied.parameters()) == whole - 50 * 16
+    assert tied.head.weight is tied.embedding.weight
+
+
+@pytest.mark.parametrize("router", model.ROUTERS)
+def test_every_router_can_sit_in_every_block_and_learns(router):
+    config = dataclasses.replace(MOE, router=router, k=1 if router == "switch" else 2)
+    decoder = build(config)
+    output = decoder(tokens(2, 9))
+    output.logits.square().mean().backward()
+    assert len(output.routings) == 2
+    for name, parameter in decoder.named_parameters():
+        if "noise" not in name:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    if router != "hash":
+        assert decoder.blocks[0].mlp.router.weight.grad.any()
+
+
+def test_router_options_and_capacity_reach_the_layer():
+    options = {"score": "sigmoid", "selection_bias": True}
+    config = dataclasses.replace(
+        MOE, router_options=options, capacity=0.5, capacity_options={"priority": "score"}
+    )
+    decoder = build(config)
+    assert decoder.blocks[0].mlp.router.bias is not None
+    assert decoder.blocks[0].mlp.capacity.priority == "score"
+    assert decoder(tokens(2, 8)).routings[0].dropped_fraction >= 0.5
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+def test_attention_is_that_of_the_formula_query_by_query():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 8, 6), torch.randn(2, 2, 8, 6)
+    ours = attend(q, k, v)
+    for head in range(4):
+        for i in range(5):
+            seen = slice(0, i + 4)  # query 0 stands beside key 3
+            scores = torch.einsum("bf,bsf->bs", q[:, head, i], k[:, head // 2, seen]) / 6**0.5
+            expected = torch.einsum("bs,bsf->bf", scores.softmax(dim=-1), v[:, head // 2, seen])
+            assert_close(ours[:, head, i], expected)
+
+
+@given(st.integers(0, 500), st.integers(1, 60), st.integers(0, 99))
+def test_rotated_products_depend_on_the_distance_alone(start, distance, seed):
+    torch.manual_seed(seed)
+    q, k = torch.randn(2, 1, 1, 1, 4)
+
+    def product(at):
+        angles = rotary_angles(at, distance + 1, DENSE, torch.device("cpu"))
+        return (rotate(q, angles[:1]) * rotate(k, angles[-1:])).sum()
+
+    assert (product(start) - product(0)).abs() < 1e-3
+
+
+def test_a_later_token_changes_no_earlier_logit_unless_experts_choose():
+    before, after = tokens(1, 12), tokens(1, 12)
+    after[0, -1] = (after[0, -1] + 1) % 50
+    for router, same in (("top_k", True), ("expert_choice", False)):
+        decoder = build(dataclasses.replace(MOE, router=router)).eval()
+        one, other = decoder(before).logits[:, :-1], decoder(after).logits[:, :-1]
+        assert torch.allclose(one, other, atol=1e-6) == same, router
+
+
+def test_padding_is_not_routed_and_changes_no_other_logit():
+    decoder = build().eval()
+    short, long = tokens(1, 7), torch.cat([tokens(1, 7), torch.zeros(1, 5, dtype=torch.long)], 1)
+    mask = torch.arange(12)[None] < 7
+    output = decoder(long, mask=mask)
+    assert_close(output.logits[:, :7], decoder(short).logits)
+    assert all(routing.counts.sum() == 7 * 2 for routing in output.routings)
+
+
+# ------------------------------------------------------------------------------ cache
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([DENSE, MOE, dataclasses.replace(MOE, every=2, d_shared=8, n_kv_heads=4)]),
+    st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    st.integers(0, 99),
+)
+def test_logits_are_the_same_however_the_tokens_are_cut_with_a_cache(config, pieces, seed):
+    decoder = build(config, seed).eval()
+    whole = tokens(2, sum(pieces), seed)
+    cache = Cache(config, 2, sum(pieces))
+    with torch.no_grad():
+        parts = [decoder(piece, cache=cache).logits for piece in whole.split(pieces, dim=1)]
+        assert_close(torch.cat(parts, dim=1), decoder(whole).logits)
+    assert cache.seen == sum(pieces)
+
+
+def test_a_full_cache_says_how_much_room_it_has():
+    cache = Cache(MOE, 1, 4)
+    decoder = build()
+    decoder(tokens(1, 3), cache=cache)
+    with pytest.raises(ValueError, match="the cache has room for length=4 tokens, not 5"):
+        decoder(tokens(1, 2), cache=cache)
+    assert cache.seen == 3
+
+
+# ------------------------------------------------------------------------------ dtypes
+
+
+def test_bfloat16_stays_near_float32_and_routes_in_float32():
+    decoder = build().eval()
+    expected = decoder(tokens(2, 9)).logits
+    output = decoder.bfloat16()(tokens(2, 9))
+    assert output.logits.dtype == torch.bfloat16
+    assert output.routings[0].logits.dtype == torch.float32
+    assert_close(output.logits, expected, relative=0.1)
+
+
+def test_autocast_trains_float32_weights():
+    decoder = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = decoder(tokens(2, 9)).logits.float().square().mean()
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in decoder.parameters())
+
+
+# ------------------------------------------------------------------------------ upcycling
+
+
+@pytest.mark.parametrize(("n_experts", "k", "every"), [(4, 2, 1), (4, 4, 2), (1, 1, 1), (8, 1, 2)])
+def test_an_upcycled_model_begins_as_the_same_function(n_experts, k, every):
+    dense = build(DENSE).eval()
+    moe = upcycle(dense, n_experts, k=k, every=every).eval()
+    assert len(moe(tokens(2, 9)).routings) == 2 // every
+    assert_close(moe(tokens(2, 9)).logits, dense(tokens(2, 9)).logits)
+
+
+def test_upcycling_copies_the_weights_and_leaves_the_dense_model_alone():
+    dense = build(DENSE)
+    before = {name: t.clone() for name, t in dense.state_dict().items()}
+    moe = upcycle(dense, 4)
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.zero_()
+    assert all(torch.equal(t, before[name]) for name, t in dense.state_dict().items())
+    with pytest.raises(ValueError, match="the model has n_experts=4 already"):
+        upcycle(moe, 4)
+
+
+# ------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": 18}, "n_heads=4 does not divide d_model=18"),
+        ({"d_model": 12}, "n_heads=4 does not divide d_model=12 into heads of an even number"),
+        ({"n_kv_heads": 3}, "n_kv_heads=3 does not divide n_heads=4"),
+        ({"n_kv_heads": 0}, "n_kv_heads=0 does not divide n_heads=4"),
+        ({"router": "best"}, "router='best' is none of top_k, noisy_top_k"),
+        ({"n_experts": -1}, "n_experts=-1 and d_shared=0 must be 0 or more"),
+        ({"every": 3}, "every=3 is more than n_layers=2: no block would be MoE"),
+        ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+    ],
+)
+def test_an_impossible_configuration_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(MOE, **changes)
+
+
+@pytest.mark.parametrize("wrong", [-1, 50])
+def test_a_token_outside_the_vocabulary_is_refused(wrong):
+    ids = tokens(1, 4)
+    ids[0, 2] = wrong
+    with pytest.raises(ValueError, match=f"token {wrong} is not one of vocab_size=50"):
+        build()(ids)
+
+
+def test_an_infinite_capacity_is_no_capacity_rule():
+    assert math.isinf(MOE.capacity)
+    assert build().blocks[0].mlp.capacity is None
