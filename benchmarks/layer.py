@@ -1,7 +1,7 @@
 """One MoE layer against transformers' and against the machine, side by side in one process.
 
     python benchmarks/layer.py [--shape NAME ...] [--tokens N ...] [--dtype D ...] [--backward]
-                               [--routing balanced zipf]
+                               [--routing balanced zipf] [--device D]
 
 Peers: the expert implementations of the transformers library ("eager", "grouped_mm", and, for at
 most 8 tokens, "batched_mm") on the same weights, behind the same kind of router. All run in turns,
@@ -52,20 +52,22 @@ class Limits:
     bandwidth: float  # bytes/s of reading memory once, in order
 
     @classmethod
-    def measure(cls, dtype: torch.dtype) -> "Limits":
-        n = 2048
-        a, b = torch.randn(2, n, n, dtype=dtype)
+    def measure(cls, dtype: torch.dtype, device: str) -> "Limits":
+        n = 8192 if device.startswith("cuda") else 2048
+        a, b = torch.randn(2, n, n, dtype=dtype, device=device)
         flops = 2 * n**3 / lesson.measure(lambda: a @ b, seconds=1)
-        buffer = torch.ones(64 * 2**20)  # 256 MiB, larger than any cache
+        buffer = torch.ones(64 * 2**20, device=device)  # 256 MiB, larger than any cache
         return cls(flops, buffer.nbytes / lesson.measure(buffer.sum, seconds=1))
 
 
-def build(shape: Shape, dtype: torch.dtype) -> tuple[MoELayer, dict[str, MixtralSparseMoeBlock]]:
+def build(
+    shape: Shape, dtype: torch.dtype, device: str
+) -> tuple[MoELayer, dict[str, MixtralSparseMoeBlock]]:
     """Our layer, and transformers' blocks that hold the very same tensors."""
     layer = MoELayer(
         TopKRouter(shape.d_model, shape.n_experts, shape.k),
         Experts(shape.n_experts, shape.d_model, shape.d_ff),
-    ).to(dtype)
+    ).to(device, dtype)
     blocks = {}
     for name in ("eager", "grouped_mm", "batched_mm"):
         config = MixtralConfig(
@@ -79,13 +81,13 @@ def build(shape: Shape, dtype: torch.dtype) -> tuple[MoELayer, dict[str, Mixtral
         block.gate.weight = layer.router.weight
         block.experts.gate_up_proj = layer.experts.gate_up
         block.experts.down_proj = layer.experts.down
-        blocks[name] = block.to(dtype)
+        blocks[name] = block.to(device, dtype)
     return layer, blocks
 
 
 def skew(layer: MoELayer, x: Tensor) -> None:
     """Make the popularity of the experts Zipf's: one feature is 1 and its weight is -log(rank)."""
-    ranks = torch.arange(1, layer.experts.n_experts + 1)
+    ranks = torch.arange(1, layer.experts.n_experts + 1, device=x.device)
     with torch.no_grad():
         x[..., 0] = 1
         layer.router.weight[:, 0] = -ranks.log().to(x.dtype)
@@ -112,8 +114,14 @@ def seconds_at_best(shape: Shape, counts: Tensor, dtype: torch.dtype, limits: Li
     return max(flops / limits.flops, touched / limits.bandwidth)
 
 
-def peak(run: Callable[[], None]) -> int:
+def peak(run: Callable[[], None], device: str) -> int:
     """The most bytes that one call holds at any moment, beyond what there was before."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     events = seen.profiler.kineto_results.events()
@@ -122,20 +130,26 @@ def peak(run: Callable[[], None]) -> int:
 
 
 def row(
-    name: str, tokens: int, dtype: torch.dtype, routing: str, backward: bool, limits: Limits
+    name: str,
+    tokens: int,
+    dtype: torch.dtype,
+    routing: str,
+    backward: bool,
+    limits: Limits,
+    device: str,
 ) -> tuple[str, float]:
     """One line of the table, and the best peer's time over ours."""
     shape = SHAPES[name]
     torch.manual_seed(0)
-    layer, blocks = build(shape, dtype)
-    x = torch.randn(1, tokens, shape.d_model, dtype=dtype)
+    layer, blocks = build(shape, dtype, device)
+    x = torch.randn(1, tokens, shape.d_model, dtype=dtype, device=device)
     if routing == "zipf":
         skew(layer, x)
     if tokens > 8:
         del blocks["batched_mm"]  # copies the weights of every assignment: gigabytes
     runners = {"moe_ref": runner(lambda x: layer(x)[0], x, backward)}
     runners |= {peer: runner(block, x, backward) for peer, block in blocks.items()}
-    memory = {name: peak(run) for name, run in runners.items()}
+    memory = {name: peak(run, device) for name, run in runners.items()}
     times = lesson.race(runners, seconds=1)
     ours, held = times.pop("moe_ref"), memory.pop("moe_ref")
     best = min(times, key=times.__getitem__)
@@ -155,10 +169,12 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--routing", nargs="+", choices=["balanced", "zipf"], default=["balanced"])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--backward", action="store_true", help="time forward plus backward")
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    limits = {name: Limits.measure(DTYPES[name]) for name in options.dtype}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}")
+    device = options.device
+    limits = {name: Limits.measure(DTYPES[name], device) for name in options.dtype}
     for name, limit in limits.items():
         print(f"{name}: {limit.flops / 1e9:.0f} GFLOP/s, {limit.bandwidth / 1e9:.1f} GB/s")
     columns = ["shape", "tokens", "routing", "dtype", "ms"]
@@ -168,7 +184,9 @@ def main() -> None:
     ratios = []
     cells = product(options.shape, options.dtype, options.routing, options.tokens)
     for shape, dtype, routing, tokens in cells:
-        line, ratio = row(shape, tokens, DTYPES[dtype], routing, options.backward, limits[dtype])
+        line, ratio = row(
+            shape, tokens, DTYPES[dtype], routing, options.backward, limits[dtype], device
+        )
         print(line, flush=True)
         ratios.append(ratio)
     print(f"\ngeometric mean {geometric_mean(ratios):.2f}, worst {min(ratios):.2f}")

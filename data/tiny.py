@@ -4,7 +4,7 @@
     python data/tiny.py moe --steps 100 --seed 1 --folder build/tiny
 
 Both see the same batches in the same order. A run that was interrupted goes on from its last
-checkpoint. What comes out: the weights in bfloat16 in Hugging Face's format, the tokenizer, the
+checkpoint, in build/. What comes out: the weights in bfloat16 in Hugging Face's format, the tokenizer, the
 history of the run as CSV, and a model card with held-out losses, loads and samples.
 """
 
@@ -62,7 +62,8 @@ def main() -> None:
         folder = options.folder / f"tiny-{name}"
         torch.manual_seed(options.seed)
         model = Transformer(MODELS[name]).to(options.device)
-        history = training.train(model, corpora.DOMAINS, config, folder=folder / "run")
+        run = Path("build") / f"tiny-{name}-{options.seed}-{options.steps}"
+        history = training.train(model, corpora.DOMAINS, config, folder=run)
         tokenizer = corpora.data_file("tokenizer.json")
         checkpoints.save(model.cpu(), folder, dtype=torch.bfloat16, tokenizer=tokenizer)
         history.to_frame().to_csv(folder / "history.csv", index=False, float_format="%.5g")
@@ -91,7 +92,7 @@ def model_card(
         "",
         f"- {model.config}",
         f"- {config}",
-        f"- {tokens:,} tokens read in {seconds:,.0f} s of training steps; torch {torch.__version__},"
+        f"- {tokens:,} tokens read, {seconds:,.0f} s of training steps; torch {torch.__version__},"
         f" {torch.get_num_threads()} threads, {platform.machine()}",
         "",
         "Held-out loss in nats per token, of the weights as stored:",

@@ -158,8 +158,8 @@ def multiply(
 ) -> Float[Tensor, "rows outputs"]:
     """F.linear, with few rows on a CPU by faster ways: `benchmarks/README.md` has the figures.
 
-    A product of few rows is bound by reading the weight. MKL and oneDNN read it at half the speed
-    of memory or less, unless MKL is given a batch of blocks, and unless oneDNN is left out.
+    A product of few rows is bound by reading the weight. MKL reads it at the speed of memory only
+    if it is given a batch of blocks; oneDNN, for one row, at half the speed of torch's own kernel.
     """
     few = len(rows) < 64 and rows.device.type == weight.device.type == "cpu"
     if not few or rows.dtype != weight.dtype or torch.compiler.is_compiling():

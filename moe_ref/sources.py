@@ -59,10 +59,10 @@ _LICENCES = {
 
 
 def data_file(name: str) -> Path:
-    """Where a file of `data/` is: inside an installed package, or beside it in a checkout."""
+    """Where a file or folder of `data/` is: in an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     for place in (package / "data", package.parent / "data"):
-        if (place / name).is_file():
+        if (place / name).exists():
             return place / name
     raise FileNotFoundError(
         f"data file {name!r} is neither in {package / 'data'} nor in {package.parent / 'data'};"
