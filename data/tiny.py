@@ -4,8 +4,8 @@
     python data/tiny.py moe --steps 100 --seed 1 --folder build/tiny
 
 Both see the same batches in the same order. A run that was interrupted goes on from its last
-checkpoint, in build/. What comes out: the weights in bfloat16 in Hugging Face's format, the tokenizer, the
-history of the run as CSV, and a model card with held-out losses, loads and samples.
+checkpoint, in build/. What comes out: the weights in bfloat16 in Hugging Face's format, the
+tokenizer, the history of the run as CSV, and a model card with held-out losses, loads and samples.
 """
 
 import argparse

@@ -230,6 +230,34 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         raise OSError(f"could not write {path}: {error}; what was there is as it was") from error
 
 
+LATEST, BEFORE = "training.safetensors", "training.before.safetensors"
+
+
+def write_next(folder: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write the next checkpoint of a run; of those before it the last one stays."""
+    fresh, latest = folder / "training.fresh.safetensors", folder / LATEST
+    write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, about)
+    if latest.exists():
+        latest.replace(folder / BEFORE)
+    fresh.replace(latest)
+
+
+def read_last(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Tensors and texts of the last checkpoint of a run; ValueError if it is damaged."""
+    path = next((p for p in (folder / LATEST, folder / BEFORE) if p.exists()), None)
+    if path is None:
+        return None
+    try:
+        tensors = read_tensors(path)
+    except ValueError as error:
+        hint = "delete it to start afresh"
+        if path.name == LATEST and (folder / BEFORE).exists():
+            hint = f"delete it to go on from the one before it, {folder / BEFORE}"
+        raise ValueError(f"{error}; {hint}") from error
+    with safe_open(path, "pt") as file:
+        return tensors, dict(file.metadata())
+
+
 def write_text(text: str, path: Path) -> None:
     """Write a text file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")

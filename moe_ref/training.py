@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import balance, corpora
-from .checkpoints import read_tensors, write_tensors
+from .checkpoints import read_last, write_next
 from .ffn import check_sizes
 from .layer import MoELayer
 from .model import Transformer
@@ -294,8 +294,6 @@ def evaluate(
 
 # ---------------------------------------------------------------- checkpoints of a run
 
-LATEST, BEFORE = "training.safetensors", "training.before.safetensors"
-
 
 def keep(
     folder: Path,
@@ -304,20 +302,16 @@ def keep(
     config: TrainingConfig,
     history: History,
 ) -> None:
-    """Write all that the rest of the run depends on; the checkpoint before this one is kept."""
+    """Write all that the rest of the run depends on; the checkpoint before this one stays."""
     tensors = {f"model.{name}": tensor for name, tensor in own_tensors(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
+            tensors[f"optimizer.{name}.{key}"] = value
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     about = {"run": json.dumps(_about(model, config)), "history": json.dumps(vars(history))}
-    latest, fresh = folder / LATEST, folder / "training.fresh.safetensors"
-    write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, about)
-    if latest.exists():
-        latest.replace(folder / BEFORE)
-    fresh.replace(latest)
+    write_next(folder, tensors, about)
 
 
 def resume(
@@ -328,24 +322,18 @@ def resume(
     history: History,
 ) -> int:
     """Go back to the last checkpoint; returns the steps done, 0 if there is none."""
-    path = next((p for p in (folder / LATEST, folder / BEFORE) if p.exists()), None)
-    if path is None:
+    last = read_last(folder)
+    if last is None:
         return 0
-    try:
-        tensors, about = read_tensors(path), read_metadata(path)
-    except ValueError as error:
-        hint = "delete it to start afresh"
-        if path.name == LATEST and (folder / BEFORE).exists():
-            hint = f"delete it to go on from the one before it, {folder / BEFORE}"
-        raise ValueError(f"{error}; {hint}") from error
-    _compare(json.loads(about["run"]), _about(model, config), path)
+    tensors, about = last
+    _compare(json.loads(about["run"]), _about(model, config), folder)
     with torch.no_grad():
         for name, tensor in own_tensors(model).items():
             tensor.copy_(tensors[f"model.{name}"])
     for name, parameter in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors[f"optimizer.{key}.{name}"]
-            optimizer.state[parameter][key] = value.to(parameter.device)
+            if (value := tensors.get(f"optimizer.{name}.{key}")) is not None:
+                optimizer.state[parameter][key] = value.to(parameter.device)
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -358,25 +346,17 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that stand in a safetensors file beside the tensors."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata())
-
-
 def _about(model: Transformer, config: TrainingConfig) -> dict[str, Any]:
     described = {"model": dataclasses.asdict(model.config), "training": dataclasses.asdict(config)}
     return json.loads(json.dumps(described))  # tuples become lists, as in the file
 
 
-def _compare(kept: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
+def _compare(kept: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
     for part in ("model", "training"):
         for name, value in asked[part].items():
             if kept[part].get(name) != value:
                 raise ValueError(
-                    f"{path} is of a run with {name}={kept[part].get(name)!r}, not {value!r}:"
+                    f"{folder} holds a run with {name}={kept[part].get(name)!r}, not {value!r}:"
                     " give it another folder, or the same configuration"
                 )
 

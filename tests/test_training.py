@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_ref import Transformer, TransformerConfig, balance, corpora, training
+from moe_ref import Transformer, TransformerConfig, balance, checkpoints, corpora, training
 from moe_ref.training import TrainingConfig, evaluate, make_optimizer, train
 
 SMALL = TransformerConfig(4096, 16, 2, 2, 12, n_experts=4, k=2, tied=True)
@@ -173,7 +173,7 @@ def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_bits(tmp_path):
     folder = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)])
     deadline = time.monotonic() + 100
-    while not (folder / training.BEFORE).exists() and time.monotonic() < deadline:
+    while not (folder / checkpoints.BEFORE).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -196,7 +196,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 def test_a_truncated_checkpoint_is_refused_and_the_one_before_it_serves(tmp_path):
     config = dataclasses.replace(FAST, checkpoint_every=2)
     model, _ = run(config, folder=tmp_path)
-    latest = tmp_path / training.LATEST
+    latest = tmp_path / checkpoints.LATEST
     latest.write_bytes(latest.read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"is damaged.*delete it to go on from the one before it"):
         run(config, folder=tmp_path)
@@ -207,7 +207,8 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_it_serves(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"lr": 0.02}, "lr=0.01, not 0.02"), ({"seed": 3}, "seed=0, not 3")]
+    ("changes", "message"),
+    [({"lr": 0.02}, "holds a run with lr=0.01, not 0.02"), ({"seed": 3}, "seed=0, not 3")],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(changes, message, tmp_path):
     config = dataclasses.replace(FAST, checkpoint_every=6)
@@ -220,7 +221,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(changes, message
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     config = dataclasses.replace(FAST, checkpoint_every=2)
-    write = training.write_tensors
+    write = checkpoints.write_tensors
     written = []
 
     def fill(tensors, path, metadata):
@@ -229,7 +230,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, monke
         written.append(path)
         write(tensors, path, metadata)
 
-    monkeypatch.setattr(training, "write_tensors", fill)
+    monkeypatch.setattr(checkpoints, "write_tensors", fill)
     with pytest.raises(OSError, match=r"could not write .*what was there is as it was"):
         run(config, folder=tmp_path)
     monkeypatch.undo()
