@@ -50,6 +50,10 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
         {"n_experts": 4, "k": 1, "steps": 40, "repeats": 1, "seed": 1},
         {"n_experts": 6, "d_model": 32, "d_ff": 16, "steps": 40, "repeats": 2, "pressure": 0.05},
     ),
+    "09_beyond_language": (
+        {"patch": 4, "n_experts": 4, "k": 2, "steps": 20, "task_steps": 20, "seed": 1},
+        {"d_model": 16, "d_ff": 8, "steps": 20, "task_experts": 3, "task_steps": 20, "repeats": 2},
+    ),
 }
 
 hygiene = pytest.mark.hygiene

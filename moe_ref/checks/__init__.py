@@ -4,6 +4,7 @@ An exercise check takes the reader's function, tries it on small cases first (ti
 one token, every expert chosen), and prints a verdict or raises with the first case it gets wrong.
 """
 
+from .beyond_language import admit_by_score, multi_gate, patchify
 from .layer import (
     balance_tokens,
     capacity_limit,
@@ -25,6 +26,7 @@ from .specification import feed_forward, gelu, largest, moe, relu, route, silu, 
 from .training import balance_loss, bias_update
 
 __all__ = [
+    "admit_by_score",
     "balance_loss",
     "balance_tokens",
     "bias_update",
@@ -40,8 +42,10 @@ __all__ = [
     "load",
     "moe",
     "moe_forward",
+    "multi_gate",
     "padding_waste",
     "parameter_count",
+    "patchify",
     "permutation",
     "relu",
     "reroute",
