@@ -36,7 +36,7 @@ TRAINING = training.TrainingConfig(
     balance={"switch": 0.01, "z": 0.001},
     evaluate_every=50,
     evaluate_windows=8,
-    weights={name: round(tokens**0.7) for name, tokens in SIZES.items()},
+    weights={name: round(tokens**0.5) for name, tokens in SIZES.items()},
 )
 
 

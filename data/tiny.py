@@ -24,7 +24,7 @@ MODELS = {
     "dense": TransformerConfig(**COMMON, d_ff=224, tied=True),
 }
 # Large domains would drown the small ones by their size, and equal shares would read the small
-# ones a hundred times over: in between lies size to the power of 0.7.
+# ones a hundred times over: in between lies the square root of the size.
 SIZES = {name: entry["tokens"] for name, entry in corpora.manifest()["domains"].items()}
 TRAINING = training.TrainingConfig(
     steps=2000,
@@ -34,7 +34,7 @@ TRAINING = training.TrainingConfig(
     balance={"switch": 0.01, "z": 0.001},
     evaluate_every=100,
     checkpoint_every=100,
-    weights={name: round(tokens**0.7) for name, tokens in SIZES.items()},
+    weights={name: round(tokens**0.5) for name, tokens in SIZES.items()},
 )
 PROMPTS = {
     "code": "    def __init__(self, ",
@@ -43,7 +43,7 @@ PROMPTS = {
     "russian": "Не удалось ",
     "japanese": "ファイル",
     "chinese": "无法",
-    "incidents": "Laptop stolen",
+    "incidents": "I am sorry to hear about",
 }
 
 
