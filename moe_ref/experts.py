@@ -27,8 +27,8 @@ class Experts(nn.Module):
             product, every run of rows filled up to the longest; "grouped", torch's grouped_mm, for
             float32, float16 and bfloat16 with d_model and d_ff a multiple of 16 bytes; "auto", the
             loop, but where it applies grouped on a GPU, and on a CPU in bfloat16 with 2 to 16 rows
-            for each expert (measured in benchmarks/). Under torch.compile grouped is for bfloat16,
-            and the loop takes its place for other dtypes.
+            for each busy expert (measured in benchmarks/). Under torch.compile grouped is for
+            bfloat16, and the loop takes its place for other dtypes.
 
     `gate_up` is [n_experts, 2 * d_ff, d_model], the rows of the gate first; blocks without a gate
     have `up`, [n_experts, d_ff, d_model]. `down` is [n_experts, d_model, d_ff]. Biases, if any,
@@ -83,7 +83,7 @@ class Experts(nn.Module):
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))
         elif rows.dtype != self.down.dtype:
             raise ValueError(f"rows are {rows.dtype}, but the experts are {self.down.dtype}")
-        backend = self._backend_for(rows)
+        backend = self._backend_for(rows, counts)
         if backend == "loop":
             return self._loop(rows, counts)
         project = project_padded if backend == "padded" else project_grouped
@@ -115,7 +115,7 @@ class Experts(nn.Module):
             place.copy_(answer)
         return y
 
-    def _backend_for(self, rows: Tensor) -> str:
+    def _backend_for(self, rows: Tensor, counts: Tensor) -> str:
         fits = (
             rows.dtype in (torch.float32, torch.float16, torch.bfloat16)
             and self.d_model * rows.itemsize % 16 == 0
@@ -128,16 +128,17 @@ class Experts(nn.Module):
             )
         # torch.compile knows grouped_mm in bfloat16 only.
         known = rows.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
-        if self._wants_grouped(rows) and fits and known:
+        if self._wants_grouped(rows, counts) and fits and known:
             return "grouped"
         return "padded" if self.backend == "padded" else "loop"
 
-    def _wants_grouped(self, rows: Tensor) -> bool:
+    def _wants_grouped(self, rows: Tensor, counts: Tensor) -> bool:
         if self.backend != "auto" or rows.is_cuda:
             return self.backend in ("auto", "grouped")
         if torch.compiler.is_compiling():  # the number of rows is not known yet
             return False
-        return rows.dtype == torch.bfloat16 and 2 < len(rows) / self.n_experts <= 16
+        busy = max(1, int((counts > 0).sum()))
+        return rows.dtype == torch.bfloat16 and 2 < len(rows) / busy <= 16
 
 
 def one_by_one(stacked: Tensor | None) -> Callable[[int], Any]:
@@ -162,7 +163,8 @@ def multiply(
     if it is given a batch of blocks; oneDNN, for one row, at half the speed of torch's own kernel.
     """
     few = len(rows) < 64 and rows.device.type == weight.device.type == "cpu"
-    if not few or rows.dtype != weight.dtype or torch.compiler.is_compiling():
+    training = torch.is_grad_enabled()  # the backward of a batch of blocks would be slower
+    if not few or training or rows.dtype != weight.dtype or torch.compiler.is_compiling():
         return F.linear(rows, weight, bias)
     if rows.dtype == torch.float32 and len(weight) % 4 == 0:
         answers = in_blocks(rows, weight)
