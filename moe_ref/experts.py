@@ -163,8 +163,7 @@ def multiply(
     if it is given a batch of blocks; oneDNN, for one row, at half the speed of torch's own kernel.
     """
     few = len(rows) < 64 and rows.device.type == weight.device.type == "cpu"
-    training = torch.is_grad_enabled()  # the backward of a batch of blocks would be slower
-    if not few or training or rows.dtype != weight.dtype or torch.compiler.is_compiling():
+    if not few or rows.dtype != weight.dtype or torch.compiler.is_compiling():
         return F.linear(rows, weight, bias)
     if rows.dtype == torch.float32 and len(weight) % 4 == 0:
         answers = in_blocks(rows, weight)
