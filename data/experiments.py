@@ -21,13 +21,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from tiny import WEIGHTS
 
 from moe_ref import Transformer, TransformerConfig, corpora, training
 from moe_ref.model import upcycle
 
 FILE = Path(__file__).parent / "measurements" / "experiments.csv"
 DENSE = TransformerConfig(4096, 128, 3, 4, 256, n_kv_heads=2, tied=True)
-SIZES = {name: entry["tokens"] for name, entry in corpora.manifest()["domains"].items()}
 TRAINING = training.TrainingConfig(
     steps=400,
     batch=16,
@@ -36,7 +36,7 @@ TRAINING = training.TrainingConfig(
     balance={"switch": 0.01, "z": 0.001},
     evaluate_every=50,
     evaluate_windows=8,
-    weights={name: round(tokens**0.5) for name, tokens in SIZES.items()},
+    weights=WEIGHTS,
 )
 
 

@@ -25,7 +25,8 @@ MODELS = {
 }
 # Large domains would drown the small ones by their size, and equal shares would read the small
 # ones a hundred times over: in between lies the square root of the size.
-SIZES = {name: entry["tokens"] for name, entry in corpora.manifest()["domains"].items()}
+DOMAINS = corpora.manifest()["domains"].items()
+WEIGHTS = {name: round(entry["tokens"] ** 0.5) for name, entry in DOMAINS}
 TRAINING = training.TrainingConfig(
     steps=2000,
     batch=32,
@@ -34,7 +35,7 @@ TRAINING = training.TrainingConfig(
     balance={"switch": 0.01, "z": 0.001},
     evaluate_every=100,
     checkpoint_every=100,
-    weights={name: round(tokens**0.5) for name, tokens in SIZES.items()},
+    weights=WEIGHTS,
 )
 PROMPTS = {
     "code": "    def __init__(self, ",
