@@ -116,6 +116,7 @@ def seconds_at_best(shape: Shape, counts: Tensor, dtype: torch.dtype, limits: Li
 
 def peak(run: Callable[[], None], device: str) -> int:
     """The most bytes that one call holds at any moment, beyond what there was before."""
+    run()  # a first backward pass makes the gradients that all others add to
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

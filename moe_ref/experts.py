@@ -1,7 +1,7 @@
 """All experts of a layer: their weights stacked, and the ways to multiply by them."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -84,9 +84,9 @@ class Experts(nn.Module):
         elif rows.dtype != self.down.dtype:
             raise ValueError(f"rows are {rows.dtype}, but the experts are {self.down.dtype}")
         backend = self._backend_for(rows, counts)
-        if backend == "loop":
+        if backend == "loop" and not torch.is_grad_enabled():
             return self._loop(rows, counts)
-        project = project_padded if backend == "padded" else project_grouped
+        project = PROJECTIONS[backend]
         into, into_bias = getattr(self, self.into), getattr(self, f"{self.into}_bias")
         hidden = activate(project(rows, counts, into, into_bias), self.activation)
         return project(hidden, counts, self.down, self.down_bias)
@@ -94,25 +94,12 @@ class Experts(nn.Module):
     def _loop(
         self, rows: Float[Tensor, "rows d_model"], counts: Int[Tensor, " n_experts"]
     ) -> Float[Tensor, "rows d_model"]:
-        """One block after the other, skipping those without rows."""
-        into, down = one_by_one(getattr(self, self.into)), one_by_one(self.down)
-        into_bias = one_by_one(getattr(self, f"{self.into}_bias"))
-        down_bias = one_by_one(self.down_bias)
-        sizes = counts.tolist()
-        # With no rows at all one empty product still ties the output to the weights.
-        busy = [e for e, size in enumerate(sizes) if size] or [0]
-
-        def block(e: int, run: Tensor) -> Tensor:
-            hidden = activate(multiply(run, into(e), into_bias(e)), self.activation)
-            return multiply(hidden, down(e), down_bias(e))
-
-        lengths = [sizes[e] for e in busy]
-        answers = (block(e, run) for e, run in zip(busy, rows.split(lengths), strict=True))
-        if torch.is_grad_enabled():
-            return torch.cat(list(answers))
-        y = torch.empty_like(rows)  # cat would hold every answer twice
-        for place, answer in zip(y.split(lengths), answers, strict=True):
-            place.copy_(answer)
+        """One block after the other, so that its hidden rows are still in the cache."""
+        into, into_bias = getattr(self, self.into), getattr(self, f"{self.into}_bias")
+        y = torch.empty_like(rows)
+        for e, run, place in runs(counts.tolist(), rows, y):
+            hidden = activate(multiply(run, into[e], pick(into_bias, e)), self.activation)
+            place.copy_(multiply(hidden, self.down[e], pick(self.down_bias, e)))
         return y
 
     def _backend_for(self, rows: Tensor, counts: Tensor) -> str:
@@ -141,15 +128,75 @@ class Experts(nn.Module):
         return rows.dtype == torch.bfloat16 and 2 < len(rows) / busy <= 16
 
 
-def one_by_one(stacked: Tensor | None) -> Callable[[int], Any]:
-    """A function that gives the weights of expert e, or None where there are none.
+def runs(sizes: list[int], *stacked: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(e, the rows of expert e in each tensor), for the experts that have rows."""
+    parts = zip(*(tensor.split(sizes) for tensor in stacked), strict=True)
+    return ((e, *part) for e, part in enumerate(parts) if sizes[e])
 
-    Where gradients are wanted the stack is taken apart at once: the backward of unbind stacks the
-    gradients, where that of indexing would add up n_experts tensors of the full size.
+
+def pick(stacked: Tensor | None, e: int) -> Tensor | None:
+    return None if stacked is None else stacked[e]
+
+
+def project_loop(
+    rows: Float[Tensor, "rows inputs"],
+    counts: Int[Tensor, " n_experts"],
+    weight: Float[Tensor, "n_experts outputs inputs"],
+    bias: Float[Tensor, "n_experts outputs"] | None,
+) -> Float[Tensor, "rows outputs"]:
+    """One product after the other."""
+    return OneByOne.apply(rows, counts.tolist(), weight, bias)
+
+
+class OneByOne(torch.autograd.Function):
+    """The rows of expert e times weight[e].T, plus bias[e], for one e after the other.
+
+    Autograd, left to itself, would make the gradients of the weights one by one and then stack
+    them, the weights' size twice. The backward is made of products of the same kind, and can be
+    differentiated again.
     """
-    if stacked is None:
-        return lambda e: None
-    return (stacked.unbind() if torch.is_grad_enabled() else stacked).__getitem__
+
+    @staticmethod
+    def forward(ctx, rows, sizes, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(rows, weight, bias)
+        ctx.sizes = sizes
+        y = rows.new_empty(len(rows), weight.shape[1])
+        for e, run, place in runs(sizes, rows, y):
+            place.copy_(multiply(run, weight[e], pick(bias, e)))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        rows, weight, bias = ctx.saved_tensors
+        by_rows = OneByOne.apply(grad, ctx.sizes, weight.mT, None)
+        by_weight = RunByRun.apply(grad, ctx.sizes, rows, weight.dtype)
+        if bias is None:
+            return by_rows, None, by_weight, None
+        sums = [run.sum(dim=0) for run in grad.split(ctx.sizes)]
+        return by_rows, None, by_weight, torch.stack(sums).to(bias.dtype)
+
+
+class RunByRun(torch.autograd.Function):
+    """left[rows of e].T @ right[rows of e] for every e: the gradient of the weights, in place."""
+
+    @staticmethod
+    def forward(ctx, left, sizes, right, dtype):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(left, right)
+        ctx.sizes = sizes
+        shape = len(sizes), left.shape[1], right.shape[1]
+        products = torch.empty(shape, dtype=dtype, device=left.device)
+        for place, a, b in zip(products, left.split(sizes), right.split(sizes), strict=True):
+            if a.dtype == dtype:
+                torch.mm(a.T, b, out=place)
+            else:
+                place.copy_(a.T @ b)
+        return products
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        left, right = ctx.saved_tensors
+        by_left = OneByOne.apply(right, ctx.sizes, grad, None)
+        return by_left, None, OneByOne.apply(left, ctx.sizes, grad.mT, None), None
 
 
 def multiply(
@@ -162,8 +209,9 @@ def multiply(
     A product of few rows is bound by reading the weight. MKL reads it at the speed of memory only
     if it is given a batch of blocks; oneDNN, for one row, at half the speed of torch's own kernel.
     """
-    few = len(rows) < 64 and rows.device.type == weight.device.type == "cpu"
-    if not few or rows.dtype != weight.dtype or torch.compiler.is_compiling():
+    weight, bias = weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
+    few = len(rows) < 64 and rows.device.type == "cpu"
+    if not few or torch.compiler.is_compiling():
         return F.linear(rows, weight, bias)
     if rows.dtype == torch.float32 and len(weight) % 4 == 0:
         answers = in_blocks(rows, weight)
@@ -227,3 +275,6 @@ def project_grouped(
     if bias is None:
         return answers
     return answers + bias.to(rows.dtype).repeat_interleave(counts, dim=0, output_size=len(rows))
+
+
+PROJECTIONS = {"loop": project_loop, "padded": project_padded, "grouped": project_grouped}

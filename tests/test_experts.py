@@ -98,6 +98,20 @@ def test_idle_experts_get_a_gradient_of_exactly_zero(backend, counts):
             assert parameter.grad[e].any() == (n > 0)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_loop_can_be_differentiated_twice(bias):
+    torch.manual_seed(0)
+    experts = Experts(3, 2, 2, activation="silu", bias=bias, backend="loop").double()
+    names = [name for name, _ in experts.named_parameters()]
+
+    def answers(rows, *weights):
+        named = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(experts, named, (rows, torch.tensor([2, 0, 1])))
+
+    leaves = [torch.randn(3, 2, dtype=torch.float64), *experts.parameters()]
+    assert torch.autograd.gradgradcheck(answers, [x.detach().requires_grad_() for x in leaves])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bias_belongs_to_each_expert(backend):
     torch.manual_seed(0)
