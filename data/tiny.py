@@ -1,6 +1,6 @@
 """Train the two models of `data/`: a small MoE, and its dense twin of equal active FLOPs.
 
-    python data/tiny.py                        # both, into data/; about two hours on two cores
+    python data/tiny.py                        # both, into data/; about half an hour on two cores
     python data/tiny.py moe --steps 100 --seed 1 --folder build/tiny
 
 Both see the same batches in the same order. A run that was interrupted goes on from its last
@@ -27,8 +27,10 @@ MODELS = {
 # ones a hundred times over: in between lies the square root of the size.
 DOMAINS = corpora.manifest()["domains"].items()
 WEIGHTS = {name: round(entry["tokens"] ** 0.5) for name, entry in DOMAINS}
+# By then the smallest domain has been read sixteen times. In 2,000 steps both models learn the
+# small domains by heart, the MoE more than its twin: their held-out loss rises.
 TRAINING = training.TrainingConfig(
-    steps=2000,
+    steps=1200,
     batch=32,
     seq=128,
     warmup=100,
@@ -37,11 +39,12 @@ TRAINING = training.TrainingConfig(
     checkpoint_every=100,
     weights=WEIGHTS,
 )
+# No space at the end: the token of a word begins with the space before it.
 PROMPTS = {
-    "code": "    def __init__(self, ",
-    "prose": "The function returns ",
-    "french": "Impossible de ",
-    "russian": "Не удалось ",
+    "code": "import",
+    "prose": "The function returns",
+    "french": "Erreur",
+    "russian": "Настройки",
     "japanese": "ファイル",
     "chinese": "无法",
     "incidents": "I am sorry to hear about",
