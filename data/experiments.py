@@ -6,7 +6,7 @@ Writes data/measurements/experiments.csv, a line for each evaluation of each run
 it already are not repeated, so that an interrupted command can be given again.
 
     experts     equal active FLOPs: a dense model, and MoEs of 4, 16 and 64 experts, top-2
-    data        a dense model and 16 experts, trained on an eighth and on half of the documents
+    data        a dense model and 16 experts, trained on an eighth of the documents
     upcycling   a dense model trained on, the same model upcycled and trained on, a MoE from scratch
     fine        equal active FLOPs: 8 experts top-2; 32 of a quarter of the size, top-8; 31, top-7,
                 and a shared one that every token visits
@@ -73,9 +73,7 @@ def plan(seeds: int) -> list[Run]:
             Run("fine", "fine", moe(32, k=8, d_ff=32), seed),
             Run("fine", "fine + shared", moe(31, k=7, d_ff=32, d_shared=32), seed),
             Run("fine", "coarse", moe(8), seed),
-            Run("data", "moe 1/2", sixteen, seed, share=0.5),
             Run("data", "moe 1/8", sixteen, seed, share=0.125),
-            Run("data", "dense 1/2", DENSE, seed, share=0.5),
             Run("data", "dense 1/8", DENSE, seed, share=0.125),
         )
     ]

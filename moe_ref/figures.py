@@ -74,7 +74,7 @@ def lines(
 
 def bars(values: Mapping[str, ArrayLike], labels: Sequence[str], *, title: str, y: str) -> None:
     """Grouped bars: for each label one bar of every named series, its value written on top."""
-    axes = _axes(title, "", y, size=(max(5.0, 0.5 * len(labels) * len(values)), 3.2))
+    axes = _axes(title, "", y, size=(max(5.0, len(labels) * max(0.9, 0.5 * len(values))), 3.2))
     width = 0.8 / len(values)
     looks = zip(cycle(COLOURS), cycle(HATCHES), strict=False)
     for i, ((name, heights), (colour, hatch)) in enumerate(

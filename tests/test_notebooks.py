@@ -50,6 +50,23 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
         {"n_experts": 4, "k": 1, "steps": 40, "repeats": 1, "seed": 1},
         {"n_experts": 6, "d_model": 32, "d_ff": 16, "steps": 40, "repeats": 2, "pressure": 0.05},
     ),
+    "07_train_language_model": (
+        {"steps": 20, "d_model": 32, "n_experts": 4, "k": 1, "batch": 8, "seed": 1},
+        {"steps": 20, "d_model": 32, "n_layers": 1, "n_experts": 6, "d_ff": 32, "seq": 32},
+    ),
+    "08_specialisation": (
+        {"layer": 0, "windows": 3, "requests": 1, "ablation_windows": 2, "steps": 20, "seed": 1},
+        {
+            "layer": 3,
+            "windows": 2,
+            "requests": 2,
+            "ablation_windows": 2,
+            "prompt": "grep it",
+            "d_model": 32,
+            "n_experts": 4,
+            "steps": 20,
+        },
+    ),
     "09_beyond_language": (
         {"patch": 4, "n_experts": 4, "k": 2, "steps": 20, "task_steps": 20, "seed": 1},
         {"d_model": 16, "d_ff": 8, "steps": 20, "task_experts": 3, "task_steps": 20, "repeats": 2},

@@ -22,11 +22,13 @@ from .layer import (
     swiglu,
     top_k_routing,
 )
+from .specialisation import agreement, mutual_information, route_without
 from .specification import feed_forward, gelu, largest, moe, relu, route, silu, softmax
-from .training import balance_loss, bias_update
+from .training import balance_loss, bias_update, rotary, steps_to_reach, upcycle_ffn
 
 __all__ = [
     "admit_by_score",
+    "agreement",
     "balance_loss",
     "balance_tokens",
     "bias_update",
@@ -43,15 +45,20 @@ __all__ = [
     "moe",
     "moe_forward",
     "multi_gate",
+    "mutual_information",
     "padding_waste",
     "parameter_count",
     "patchify",
     "permutation",
     "relu",
     "reroute",
+    "rotary",
     "route",
+    "route_without",
     "silu",
     "softmax",
+    "steps_to_reach",
     "swiglu",
     "top_k_routing",
+    "upcycle_ffn",
 ]

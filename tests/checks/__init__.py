@@ -1,0 +1,1 @@
+"""For each exercise the right answer, and plausible wrong ones."""
