@@ -168,12 +168,15 @@ class OneByOne(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         rows, weight, bias = ctx.saved_tensors
-        by_rows = OneByOne.apply(grad, ctx.sizes, weight.mT, None)
-        by_weight = RunByRun.apply(grad, ctx.sizes, rows, weight.dtype)
-        if bias is None:
-            return by_rows, None, by_weight, None
-        sums = [run.sum(dim=0) for run in grad.split(ctx.sizes)]
-        return by_rows, None, by_weight, torch.stack(sums).to(bias.dtype)
+        by_rows = by_weight = by_bias = None
+        if ctx.needs_input_grad[0]:
+            by_rows = OneByOne.apply(grad, ctx.sizes, weight.mT, None)
+        if ctx.needs_input_grad[2]:
+            by_weight = RunByRun.apply(grad, ctx.sizes, rows, weight.dtype)
+        if ctx.needs_input_grad[3]:
+            sums = [run.sum(dim=0) for run in grad.split(ctx.sizes)]
+            by_bias = torch.stack(sums).to(bias.dtype)
+        return by_rows, None, by_weight, by_bias
 
 
 class RunByRun(torch.autograd.Function):

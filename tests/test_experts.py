@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from moe_ref import Experts, checks
 from moe_ref.ffn import ACTIVATIONS
@@ -96,6 +97,17 @@ def test_idle_experts_get_a_gradient_of_exactly_zero(backend, counts):
         for e, n in enumerate(counts):
             assert parameter.grad[e].isfinite().all()
             assert parameter.grad[e].any() == (n > 0)
+
+
+def test_frozen_experts_cost_no_gradient_of_their_weights():
+    experts = Experts(4, 32, 64, backend="loop").requires_grad_(False)
+    rows = torch.randn(6, 32, requires_grad=True)
+    y = experts(rows, torch.tensor([3, 0, 2, 1]))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        y.sum().backward()
+    largest = max(event.nbytes() for event in seen.profiler.kineto_results.events())
+    assert rows.grad is not None
+    assert largest < experts.down.nbytes
 
 
 @pytest.mark.parametrize("bias", [False, True])
