@@ -58,10 +58,10 @@ test: setup  ## run every test, and every notebook under nbval and papermill
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 4
 
 course: setup  ## run all notebooks into build/ (PARAMS="-p device cpu -p seed 1")
-	$(RUN) notebooks/course.py run $(PARAMS)
+	$(RUN) scripts/course.py run $(PARAMS)
 
 notebooks: setup  ## run all notebooks in place, and store their outputs
-	$(RUN) notebooks/course.py store
+	$(RUN) scripts/course.py store
 
 lint: setup  ## check style (notebooks too) and types
 	$(RUN) -m ruff check

@@ -26,7 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from moe_ref import Experts, MoELayer, TopKRouter, lesson
+from moe_ref import Experts, MoELayer, TopKRouter
+from moe_ref.course import lesson
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

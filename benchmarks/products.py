@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ref import lesson
+from moe_ref.course import lesson
 from moe_ref.experts import in_blocks, without_onednn
 
 # Outputs and inputs of the two projections of OLMoE's experts, then of a quarter of Mixtral's.

@@ -1,4 +1,4 @@
-"""Training steps of the MoE of data/tiny.py, its dense twin, and transformers' Mixtral.
+"""Training steps of the MoE of scripts/tiny.py, its dense twin, and transformers' Mixtral.
 
     python benchmarks/training.py [--batch N] [--seq N] [--device D] [--autocast] [--seconds S]
 
@@ -17,14 +17,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moe_ref import Transformer, checkpoints, corpora, lesson, training
+from moe_ref import Transformer, checkpoints, training
+from moe_ref.course import corpora, lesson
 
 ROOT = Path(__file__).parents[1]
 
 
 def models() -> dict:
-    """The configurations of data/tiny.py."""
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "data" / "tiny.py")
+    """The configurations of scripts/tiny.py."""
+    spec = importlib.util.spec_from_file_location("tiny", ROOT / "scripts" / "tiny.py")
     tiny = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tiny)
     return tiny.MODELS

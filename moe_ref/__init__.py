@@ -1,7 +1,7 @@
 """From one dense feed-forward block to Mixture-of-Experts inference, every step executable.
 
 The rest is imported when asked for: `from moe_ref import training, generation, checkpoints`, and
-the side rooms, `from moe_ref import corpora, figures, lesson, checks`.
+the rooms of the course, `from moe_ref.course import corpora, exercises, figures, lesson`.
 """
 
 from . import balance, capacity, dispatch, experts, ffn, layer, model, routers, routing, telemetry

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import balance, corpora
+from . import balance
 from .checkpoints import read_last, write_next
+from .course.text import corpora
 from .ffn import check_sizes
 from .layer import MoELayer
 from .model import Transformer

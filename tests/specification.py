@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from moe_ref.checks import largest, softmax
+from moe_ref.specification import largest, softmax
 
 from .tools import assert_close
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from moe_ref import Experts, checks
+from moe_ref import Experts, specification
 from moe_ref.ffn import ACTIVATIONS
 
 from .tools import assert_close, gradients
@@ -20,7 +20,7 @@ def naive(rows, counts, experts):
     into, down = getattr(experts, experts.into), experts.down
     owners = [e for e, n in enumerate(counts.tolist()) for _ in range(n)]
     answers = [
-        checks.feed_forward(row, into[e], down[e], experts.activation)
+        specification.feed_forward(row, into[e], down[e], experts.activation)
         for e, row in zip(owners, rows, strict=True)
     ]
     return torch.stack(answers) if answers else rows * 0

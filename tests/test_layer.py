@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from moe_ref import Experts, FeedForward, MoELayer, TopKRouter, checks
+from moe_ref import Experts, FeedForward, MoELayer, TopKRouter, specification
 
 from .tools import assert_close, gradients, make_layer, parameters, sizes
 
@@ -18,7 +18,7 @@ BACKENDS = ["loop", "padded", "grouped"]
 def naive(layer, x, mask=None):
     """The layer by its specification, on the same parameters."""
     shared = None if layer.shared is None else tuple(layer.shared.parameters())
-    return checks.moe(
+    return specification.moe(
         x,
         layer.router.weight,
         getattr(layer.experts, layer.experts.into),

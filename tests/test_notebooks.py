@@ -279,7 +279,7 @@ def test_an_exercise_is_explained_and_its_solution_folded_below(name):
             assert part in task.source, task.source
         assert "raise NotImplementedError" in stub.source
         check = stub.source.splitlines()[-1]
-        assert re.fullmatch(r"checks\.\w+\(.+\)", check)
+        assert re.fullmatch(r"exercises\.\w+\(.+\)", check)
         assert solution.source.splitlines()[-1] == check
         assert solution.metadata.jupyter == {"source_hidden": True}
         assert "not attempted yet" in printed([stub])

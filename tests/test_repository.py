@@ -217,7 +217,7 @@ def test_importing_the_library_needs_none_of_the_course():
     blocked |= {"IPython", "jupyter_client", "pandas", "sklearn", "traitlets", "yaml", "PIL"}
     code = BLOCK.format(blocked=blocked) + (
         "import moe_ref\n"
-        "from moe_ref import checks, lesson\n"
+        "from moe_ref.course import exercises, lesson\n"
         "print(sorted({'tokenizers', 'safetensors', 'matplotlib'} & set(sys.modules)))"
     )
     assert run_python(code).strip() == "[]"
@@ -235,7 +235,7 @@ def test_the_wheel_holds_the_library_with_its_data_and_imports_from_anywhere(tmp
     assert names == expected | {"moe_ref/py.typed"}
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import moe_ref; from moe_ref import corpora\n"
+        "import moe_ref; from moe_ref.course import corpora\n"
         "print(moe_ref.__file__, corpora.tokenizer().get_vocab_size())"
     )
     file, entries = run_python(code, cwd=tmp_path, isolated=True).split()

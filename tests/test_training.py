@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_ref import Transformer, TransformerConfig, balance, checkpoints, corpora, training
+from moe_ref import Transformer, TransformerConfig, balance, checkpoints, training
+from moe_ref.course import corpora
 from moe_ref.training import TrainingConfig, evaluate, make_optimizer, train
 
 SMALL = TransformerConfig(4096, 16, 2, 2, 12, n_experts=4, k=2, tied=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_ref import Transformer, TransformerConfig, checkpoints, corpora, generation
+from moe_ref import Transformer, TransformerConfig, checkpoints, generation
+from moe_ref.course import corpora
 from tests.tools import assert_close
 
 # Mixtral 8x7B, a Mixtral with other sizes, and Mistral 7B, scaled down.

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_ref import TopKRouter, dispatch, figures
+from moe_ref import TopKRouter, dispatch
+from moe_ref.course import figures
 
 matplotlib.use("Agg")  # plt.show() does nothing there, so the figure stays to be read
 

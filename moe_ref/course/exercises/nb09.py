@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...specification import softmax
 from .grading import distinct, grade, normal
-from .specification import softmax
 
 
 def patchify(attempt: Callable) -> None:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_ref import Transformer, checkpoints, corpora, training
+from moe_ref import Transformer, checkpoints, training
+from moe_ref.course import corpora
 from moe_ref.telemetry import RoutingStats
 
-DATA = Path(__file__).parents[1] / "data"
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "data"
 NAMES = ["moe", "dense"]
-TINY = runpy.run_path(str(DATA / "tiny.py"))
+TINY = runpy.run_path(str(ROOT / "scripts" / "tiny.py"))
 LATIN = "a-zà-ÿœ"
 SCRIPTS = {"russian": "а-яё", "japanese": "ぁ-ヿ一-鿿", "chinese": "一-鿿"}
 

@@ -1,58 +1,13 @@
-"""Answers to the exercises of notebooks 06 and 07: the right one, and plausible wrong ones."""
+"""Answers to the exercises of notebook 07: the right one, and plausible wrong ones."""
 
 import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 
-# ----------------------------------------------------------------------- 06, balance_loss
-def balance_loss(logits, k):
-    scores = logits.softmax(dim=-1)
-    f = F.one_hot(scores.topk(k).indices, logits.shape[1]).float().mean(dim=(0, 1))
-    return logits.shape[1] * (f * scores.mean(dim=0)).sum()
-
-
-def balance_loss_over_the_masked_softmax(logits, k):
-    best = logits.topk(k)
-    chosen = torch.full_like(logits, -torch.inf).scatter(1, best.indices, best.values)
-    f = F.one_hot(best.indices, logits.shape[1]).float().mean(dim=(0, 1))
-    return logits.shape[1] * (f * chosen.softmax(dim=-1).mean(dim=0)).sum()
-
-
-def balance_loss_k_times(logits, k):
-    return k * balance_loss(logits, k)
-
-
-def balance_loss_of_first_choices(logits, k):
-    scores = logits.softmax(dim=-1)
-    f = F.one_hot(scores.argmax(dim=-1), logits.shape[1]).float().mean(dim=0)
-    return logits.shape[1] * (f * scores.mean(dim=0)).sum()
-
-
-# ------------------------------------------------------------------------ 06, bias_update
-def bias_update(bias, experts, rate):
-    demand = torch.bincount(experts.flatten(), minlength=len(bias)).float()
-    return bias + rate * (demand.mean() - demand).sign()
-
-
-def bias_update_with_the_wrong_sign(bias, experts, rate):
-    return bias_update(bias, experts, -rate)
-
-
-def bias_update_in_proportion(bias, experts, rate):
-    demand = torch.bincount(experts.flatten(), minlength=len(bias)).float()
-    return bias + rate * (demand.mean() - demand)
-
-
-def bias_update_with_the_mean_of_the_busy(bias, experts, rate):
-    demand = torch.bincount(experts.flatten(), minlength=len(bias)).float()
-    return bias + rate * (demand[demand > 0].mean() - demand).sign()
-
-
-# ------------------------------------------------------------------------------ 07, rotary
+# ----------------------------------------------------------------------------------------- rotary
 def rotary(x, theta):
     m = x.shape[1]
     angles = torch.arange(len(x))[:, None] * theta ** (-torch.arange(0, m, 2) / m)
@@ -79,7 +34,7 @@ def rotary_at_half_the_exponent(x, theta):
     return rotary(x, theta**0.5)
 
 
-# ---------------------------------------------------------------------- 07, steps_to_reach
+# --------------------------------------------------------------------------------- steps_to_reach
 def steps_to_reach(steps, losses, target):
     if losses[0] <= target:
         return float(steps[0])
@@ -108,7 +63,7 @@ def steps_to_reach_for_good(steps, losses, target):
     return steps_to_reach(steps[-2:], losses[-2:], target)
 
 
-# ------------------------------------------------------------------------- 07, upcycle_ffn
+# ------------------------------------------------------------------------------------ upcycle_ffn
 def upcycle_ffn(gate_up, down, n_experts, total):
     return gate_up.repeat(n_experts, 1, 1), (down / total).repeat(n_experts, 1, 1)
 
@@ -129,24 +84,7 @@ def upcycle_ffn_over_the_experts(gate_up, down, n_experts, total):
     return upcycle_ffn(gate_up, down, n_experts, float(n_experts))
 
 
-# exercise: (a right answer, plausible wrong ones)
 ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
-    "balance_loss": (
-        balance_loss,
-        [
-            balance_loss_over_the_masked_softmax,
-            balance_loss_k_times,
-            balance_loss_of_first_choices,
-        ],
-    ),
-    "bias_update": (
-        bias_update,
-        [
-            bias_update_with_the_wrong_sign,
-            bias_update_in_proportion,
-            bias_update_with_the_mean_of_the_busy,
-        ],
-    ),
     "rotary": (
         rotary,
         [

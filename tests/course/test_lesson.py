@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_ref import lesson
+from moe_ref.course import lesson
 
 PARAMETERS = """
 n_experts: int = 8  # experts
@@ -263,7 +263,7 @@ def test_the_environment_is_described_without_a_path():
 
 def test_importing_the_lesson_needs_no_notebook_library():
     code = (
-        "import sys, moe_ref.lesson;"
+        "import sys, moe_ref.course.lesson;"
         "print([m for m in ('matplotlib', 'pandas', 'IPython', 'sklearn') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
 """Small trainings, three seeds each, whose held-out losses notebooks 07 and 08 compare.
 
-    python data/experiments.py [experiment ...] [--jobs 2] [--steps 400] [--seeds 3]
+    python scripts/experiments.py [experiment ...] [--jobs 2] [--steps 400] [--seeds 3]
 
 Writes data/measurements/experiments.csv, a line for each evaluation of each run; runs that are in
 it already are not repeated, so that an interrupted command can be given again.
@@ -23,10 +23,11 @@ import pandas as pd
 import torch
 from tiny import WEIGHTS
 
-from moe_ref import Transformer, TransformerConfig, corpora, training
+from moe_ref import Transformer, TransformerConfig, training
+from moe_ref.course import corpora
 from moe_ref.model import upcycle
 
-FILE = Path(__file__).parent / "measurements" / "experiments.csv"
+FILE = Path(__file__).parents[1] / "data" / "measurements" / "experiments.csv"
 DENSE = TransformerConfig(4096, 128, 3, 4, 256, n_kv_heads=2, tied=True)
 TRAINING = training.TrainingConfig(
     steps=400,

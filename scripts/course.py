@@ -1,7 +1,7 @@
 """Run the course's notebooks, or store their outputs.
 
-    python notebooks/course.py run [NAME ...] [-p PARAMETER VALUE ...]
-    python notebooks/course.py store [NAME ...]
+    python scripts/course.py run [NAME ...] [-p PARAMETER VALUE ...]
+    python scripts/course.py store [NAME ...]
 
 `run` executes notebooks with papermill, side by side, into build/. Each gets those of the given
 parameters that it declares. `store` executes them where they are, one after the other, and leaves
@@ -22,7 +22,7 @@ import nbclient
 import nbformat
 import papermill
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1] / "notebooks"
 BUILD = HERE.parent / "build"
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {

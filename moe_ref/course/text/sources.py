@@ -60,7 +60,7 @@ _LICENCES = {
 
 def data_file(name: str) -> Path:
     """Where a file or folder of `data/` is: in an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[2]
     for place in (package / "data", package.parent / "data"):
         if (place / name).exists():
             return place / name

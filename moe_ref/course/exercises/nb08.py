@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...specification import largest, softmax
 from .grading import distinct, grade, normal
-from .specification import largest, softmax
 
 
 def mutual_information(attempt: Callable) -> None:

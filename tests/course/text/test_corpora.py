@@ -18,8 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_ref import corpora, sources
-from moe_ref import incidents as incidents_module
+from moe_ref.course import corpora
+from moe_ref.course.text import incidents as incidents_module
+from moe_ref.course.text import sources
 
 SMALL = ("french", "russian", "japanese", "chinese")
 

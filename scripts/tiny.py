@@ -1,7 +1,7 @@
 """Train the two models of `data/`: a small MoE, and its dense twin of equal active FLOPs.
 
-    python data/tiny.py                        # both, into data/; about half an hour on two cores
-    python data/tiny.py moe --steps 100 --seed 1 --folder build/tiny
+    python scripts/tiny.py                     # both, into data/; about half an hour on two cores
+    python scripts/tiny.py moe --steps 100 --seed 1 --folder build/tiny
 
 Both see the same batches in the same order. A run that was interrupted goes on from its last
 checkpoint, in build/. What comes out: the weights in bfloat16 in Hugging Face's format, the
@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from moe_ref import Transformer, TransformerConfig, checkpoints, corpora, generation, training
+from moe_ref import Transformer, TransformerConfig, checkpoints, generation, training
+from moe_ref.course import corpora
 from moe_ref.telemetry import RoutingStats
 
+DATA = Path(__file__).parents[1] / "data"
 COMMON = {"vocab_size": 4096, "d_model": 192, "n_layers": 4, "n_heads": 6, "n_kv_heads": 2}
 MODELS = {
     "moe": TransformerConfig(**COMMON, d_ff=112, n_experts=16, k=2, tied=True),
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
     parser.add_argument("--steps", type=int, default=TRAINING.steps)
     parser.add_argument("--seed", type=int, default=TRAINING.seed, help="of weights and data")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--folder", type=Path, default=DATA)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if unknown := set(options.models) - set(MODELS):
@@ -92,7 +94,7 @@ def model_card(
         f"# tiny-{name}",
         "",
         f"A decoder of {stored:,} parameters, trained from scratch on the text described in",
-        "`data/README.md` (`moe_ref.corpora`), by `python data/tiny.py " + name + "`.",
+        "`data/README.md` (`moe_ref.course.corpora`), by `python scripts/tiny.py " + name + "`.",
         "",
         f"- {model.config}",
         f"- {config}",
