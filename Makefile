@@ -4,6 +4,8 @@ LAB_ARGS ?=
 PARAMS ?=
 
 RUN = .venv/bin/python
+# One thread for each worker: they would otherwise fight over the cores.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 4
 LOG = build/setup.log
 # JupyterLab's plug-in that asks at the first start whether to show news, and looks for updates.
 NEWS = @jupyterlab/apputils-extension:announcements
@@ -13,7 +15,7 @@ SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: help setup lab test course notebooks lint bench clean
+.PHONY: help setup lab check test course notebooks lint bench clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1#\2/p' Makefile | \
@@ -53,9 +55,11 @@ lab: setup  ## open the course in JupyterLab (LAB_ARGS="--no-browser --port 8899
 	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-# One thread for each worker: they would otherwise fight over the cores.
+check: lint  ## check style and types, and run the unit tests, in two minutes
+	$(PYTEST) tests --ignore=tests/parity --ignore=tests/scripts --ignore=tests/test_notebooks.py
+
 test: setup  ## run every test, and every notebook under nbval and papermill
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 4
+	$(PYTEST)
 
 course: setup  ## run all notebooks into build/ (PARAMS="-p device cpu -p seed 1")
 	$(RUN) scripts/course.py run $(PARAMS)

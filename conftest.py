@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 # functions checks what it is given and what it returns. (The others have no shapes to check, and
 # the generators of text among them would take minutes, being thousands of small functions.)
 SHAPED = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in ROOT.glob("moe_ref/**/*.py")
     if "import jaxtyping" in path.read_text() or "from jaxtyping" in path.read_text()
 ]

@@ -69,10 +69,8 @@ def main() -> None:
     parser.add_argument("--autocast", action="store_true", help="multiply in bfloat16")
     parser.add_argument("--seconds", type=float, default=15, help="for each")
     options = parser.parse_args()
-    config = training.TrainingConfig(
-        steps=1000, batch=options.batch, seq=options.seq, lr=1e-4, autocast=options.autocast
-    )
-    batch = next(corpora.batches(corpora.DOMAINS, batch=config.batch, seq=config.seq))
+    config = training.TrainingConfig(steps=1000, lr=1e-4, autocast=options.autocast)
+    batch = next(corpora.batches(corpora.DOMAINS, batch=options.batch, seq=options.seq))
     torch.manual_seed(0)
     built = {name: Transformer(shape).to(options.device) for name, shape in models().items()}
     runners: dict = {name: ours(model, batch, config) for name, model in built.items()}
@@ -87,7 +85,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}")
     print("| step of | ms | tokens per second | time / moe |\n|---|--:|--:|--:|")
     for name, seconds in times.items():
-        rate = config.batch * config.seq / seconds
+        rate = batch.targets.numel() / seconds
         print(f"| {name} | {1000 * seconds:.0f} | {rate:,.0f} | {seconds / times['moe']:.2f} |")
     best = min(time for name, time in times.items() if name.startswith("transformers"))
     print(f"\nmoe over dense {times['moe'] / times['dense']:.2f}, ", end="")

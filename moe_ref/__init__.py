@@ -1,10 +1,14 @@
 """From one dense feed-forward block to Mixture-of-Experts inference, every step executable.
 
-The rest is imported when asked for: `from moe_ref import training, generation, checkpoints`, and
-the rooms of the course, `from moe_ref.course import corpora, exercises, figures, lesson`.
+The classes below are here at once. Every other part, such as `moe_ref.training` or
+`moe_ref.checkpoints`, is imported when first asked for; `dir(moe_ref)` lists them all. What only
+the notebooks need is in `moe_ref.course`.
 """
 
-from . import balance, capacity, dispatch, experts, ffn, layer, model, routers, routing, telemetry
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from ._lazy import submodules as _submodules
 from .capacity import Capacity
 from .experts import Experts
 from .ffn import FeedForward
@@ -15,6 +19,7 @@ from .routers import (
     GShardRouter,
     HashRouter,
     NoisyTopKRouter,
+    Router,
     SwitchRouter,
     TopKRouter,
 )
@@ -29,19 +34,17 @@ __all__ = [
     "HashRouter",
     "MoELayer",
     "NoisyTopKRouter",
+    "Router",
     "Routing",
     "SwitchRouter",
     "TopKRouter",
     "Transformer",
     "TransformerConfig",
-    "balance",
-    "capacity",
-    "dispatch",
-    "experts",
-    "ffn",
-    "layer",
-    "model",
-    "routers",
-    "routing",
-    "telemetry",
 ]
+
+__getattr__, __dir__ = _submodules(__name__)
+
+try:
+    __version__ = _version("moe_ref")
+except _PackageNotFoundError:  # read from a source tree that was never installed
+    __version__ = "unknown"

@@ -1,8 +1,12 @@
-"""Keeping experts busy: the auxiliary losses, and the bias that needs none.
+"""Keeping experts busy: the auxiliary losses with their registry, and the bias that needs none.
 
-Every loss takes a `Routing` and gives a scalar; padding counts nowhere. Multiply by a coefficient
-and add to the training loss, layer by layer.
+Every loss is a function of one layer's `Routing`; `BalanceLoss` says what it owes. No loss counts
+padding, the tokens where `routing.mask` is False.
 """
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,24 +15,61 @@ from torch import Tensor, nn
 from .routing import NoisyRouting, Routing
 
 
-def importance_loss(routing: Routing) -> Float[Tensor, ""]:
-    """Squared coefficient of variation of the importance, an expert's sum of weights.
+@runtime_checkable
+class BalanceLoss(Protocol):
+    """A loss of one layer's routing: the less even the use of the experts, the larger.
 
-    0 at perfect balance. Source: Shazeer et al. 2017 (1701.06538), equations 6 and 7.
+    Training takes it of every MoE layer, adds these up, and adds the sum to the loss, times its
+    coefficient in `TrainingConfig.balance`. A key there is a name from `LOSSES`, or a function of
+    your own, which is then recorded under its own name.
+
+    Args:
+        routing: all tokens of a batch, after capacity. `scores` and `logits` carry the gradient;
+            `demand` is a count, taken before capacity, and carries none.
+        seq: tokens of each sequence, for a loss taken sequence by sequence. None: they are one.
+
+    Returns:
+        A scalar. It is 0 if no token is real.
+
+    Example:
+        >>> from itertools import repeat
+        >>> from moe_ref import Transformer, TransformerConfig, training
+        >>> def favourite(routing, *, seq=None):
+        ...     return mean_scores(routing).max()
+        >>> config = training.TrainingConfig(steps=1, balance={"switch": 0.01, favourite: 0.1})
+        >>> model = Transformer(TransformerConfig(9, 16, 1, 2, 16, n_experts=4))
+        >>> tokens = torch.arange(18).view(2, 9) % 9
+        >>> batch = training.Batch(inputs=tokens[:, :-1], targets=tokens[:, 1:])
+        >>> history = training.train(model, lambda start: repeat(batch), config, progress=False)
+        >>> 0.25 <= history.steps[0]["favourite"] <= 1
+        True
+    """
+
+    def __call__(self, routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]: ...
+
+
+def importance_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
+    """Squared coefficient of variation of the importance, the sum of an expert's weights.
+
+    0 at perfect balance; a `BalanceLoss`.
+
+    Source: Shazeer et al. 2017 (1701.06538), equations 6 and 7.
     """
     sums = routing.weights.new_zeros(routing.n_experts + 1)
     sums = sums.index_add(0, routing.experts.flatten(), routing.weights.flatten())
     return squared_variation(sums[:-1])
 
 
-def load_loss(routing: Routing) -> Float[Tensor, ""]:
+def load_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
     """Squared coefficient of variation of the smooth load of a `NoisyTopKRouter`.
 
     The load of expert i is the sum over tokens of the probability that i is chosen if its noise
     alone is drawn again: Phi((h_i - threshold) / sigma_i), where the threshold is the k-th largest
-    noisy logit of the others. 0 at perfect balance.
+    noisy logit of the others. 0 at perfect balance; a `BalanceLoss`.
 
-    Raises ValueError for the routing of another router, which has no noise.
+    Raises:
+        ValueError: for the routing of another router, which has no noise.
+
     Source: Shazeer et al. 2017 (1701.06538), appendix A, equations 8 to 11.
     """
     if not isinstance(routing, NoisyRouting):
@@ -45,59 +86,133 @@ def load_loss(routing: Routing) -> Float[Tensor, ""]:
     return squared_variation(chance.masked_fill(~routing.mask[:, None], 0).sum(dim=0))
 
 
-def switch_loss(routing: Routing) -> Float[Tensor, ""]:
-    """n_experts * sum of f_i P_i, the auxiliary loss of Switch and GShard.
+def switch_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
+    """n_experts * sum of f_i P_i, the auxiliary loss of Switch and GShard; a `BalanceLoss`.
 
-    f_i is the share of assignments that asked for expert i, before capacity; P_i the mean over
-    tokens of its score, taken over all experts, and for sigmoid scores normalised per token. 1 at
-    perfect balance, n_experts when a sure top-1 router collapses; coefficient 1e-2. Hugging Face's
-    function uses k * f_i, so its value is k times this one, and pools all layers.
+    f_i is the share of all assignments that requested expert i, before capacity. P_i is the mean
+    over tokens of its score, among all experts; sigmoid scores are first divided by their sum. 1 at
+    perfect balance, n_experts when a sure top-1 router collapses. The usual coefficient is 1e-2.
+    Hugging Face's function uses k * f_i, so its value is k times this one, and pools all layers.
+
+    Example:
+        >>> from moe_ref import TopKRouter
+        >>> router = TopKRouter(3, n_experts=3, k=1)
+        >>> router.weight.data = 9 * torch.eye(3)  # feature i calls for expert i
+        >>> print(f"{switch_loss(router(torch.eye(3))):.2f}")
+        1.00
+        >>> print(f"{switch_loss(router(torch.eye(3)[[0, 0, 0]])):.2f}")
+        3.00
 
     Source: Fedus et al. 2021 (2101.03961), equations 4 to 6.
     """
-    return routing.n_experts * (routing.load * mean_scores(routing)).sum()
+    return routing.n_experts * (routing.load_share * mean_scores(routing)).sum()
 
 
-def z_loss(routing: Routing) -> Float[Tensor, ""]:
-    """Mean over tokens of the squared logsumexp of the logits; coefficient 1e-3.
+def z_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
+    """Mean over tokens of the squared logsumexp of the logits; a `BalanceLoss`.
 
-    Keeps logits small, where float32 and the softmax are exact. Source: ST-MoE, Zoph et al. 2022
-    (2202.08906), equation 5.
+    It keeps logits small, where float32 and the softmax are exact, and balances nothing. The usual
+    coefficient is 1e-3.
+
+    Source: ST-MoE, Zoph et al. 2022 (2202.08906), equation 5.
     """
     squares = routing.logits.logsumexp(dim=-1).square()
     return squares.masked_fill(~routing.mask, 0).sum() / routing.mask.sum().clamp(min=1)
 
 
 def sequence_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
-    """`switch_loss` of each sequence of `seq` tokens, averaged over sequences; coefficient 1e-4.
+    """`switch_loss` of each sequence of `seq` tokens, averaged over sequences; a `BalanceLoss`.
 
-    The routing is taken as sequences of equal length, one after the other (None: as one).
-    Sequences that are all padding don't count. 1 at perfect balance within each sequence.
+    Sequences follow one another and are equally long. Those that are all padding don't count. 1 at
+    perfect balance within each sequence. The usual coefficient is 1e-4.
 
-    Raises ValueError if `seq` does not divide the tokens.
+    Raises:
+        ValueError: if `seq` does not divide the tokens.
+
     Source: DeepSeek-V3 2412.19437, equations 17 to 20.
     """
     tokens, n_experts = routing.scores.shape
     seq = seq or max(tokens, 1)
     if tokens % seq:
         raise ValueError(f"seq={seq} does not divide the {tokens} tokens of the routing")
-    chosen = torch.nn.functional.one_hot(routing.requests, n_experts + 1)[..., :n_experts]
-    asked = chosen.sum(dim=1).view(-1, seq, n_experts).sum(dim=1)
-    load = asked / asked.sum(dim=-1, keepdim=True).clamp(min=1)
+    chosen = torch.nn.functional.one_hot(routing.asked, n_experts + 1)[..., :n_experts]
+    requested = chosen.sum(dim=1).view(-1, seq, n_experts).sum(dim=1)
+    share = requested / requested.sum(dim=-1, keepdim=True).clamp(min=1)
     real = routing.mask.view(-1, seq).sum(dim=1)
     mean = token_shares(routing).view(-1, seq, n_experts).sum(dim=1) / real.clamp(min=1)[:, None]
-    losses = n_experts * (load * mean).sum(dim=-1)
+    losses = n_experts * (share * mean).sum(dim=-1)
     return losses.sum() / (real > 0).sum().clamp(min=1)
+
+
+LOSSES: dict[str, BalanceLoss] = {
+    "importance": importance_loss,
+    "load": load_loss,
+    "switch": switch_loss,
+    "z": z_loss,
+    "sequence": sequence_loss,
+}
+
+
+def resolve(wanted: Mapping[Any, float]) -> dict[str, tuple[BalanceLoss, float]]:
+    """Losses and coefficients by name, of a mapping such as `{"switch": 0.01, my_loss: 0.1}`.
+
+    Raises:
+        ValueError: for an unknown name, two losses of one name, or an impossible coefficient.
+    """
+    losses: dict[str, tuple[BalanceLoss, float]] = {}
+    for key, coefficient in wanted.items():
+        loss = LOSSES.get(key, key)
+        if not callable(loss):
+            raise ValueError(
+                f"balance names {key!r}, which is none of {', '.join(LOSSES)}, and no function"
+            )
+        name = key if isinstance(key, str) else getattr(key, "__name__", type(key).__name__)
+        if name in losses:
+            raise ValueError(f"balance holds two losses called {name!r}: rename one")
+        if not 0 <= coefficient < math.inf:
+            raise ValueError(f"balance gives {name} the coefficient {coefficient}, not 0 or more")
+        losses[name] = loss, coefficient
+    return losses
+
+
+def sums(
+    losses: Mapping[str, tuple[BalanceLoss, float]], routings: Sequence[Routing], *, seq: int
+) -> dict[str, Float[Tensor, ""]]:
+    """Each loss, without its coefficient, summed over the routings of all MoE layers.
+
+    Raises:
+        ValueError: if a loss gives something other than a scalar tensor.
+    """
+    found = {name: [loss(r, seq=seq) for r in routings] for name, (loss, _) in losses.items()}
+    for name, values in found.items():
+        if any(not isinstance(value, Tensor) or value.ndim for value in values):
+            raise ValueError(f"balance loss {name} gave {values[0]!r}, which is no scalar tensor")
+    return {name: torch.stack(values).sum() for name, values in found.items() if values}
 
 
 @torch.no_grad()
 def update_bias(router: nn.Module, routing: Routing, rate: float = 1e-3) -> None:
-    """Move the selection bias of the busy down and of the idle up, by `rate`; no loss is needed.
+    """Move a router's selection bias: down for busy experts, up for idle ones. No loss is needed.
 
     b_i += rate * sign(mean demand - demand_i), with the demand of all ranks if torch.distributed is
-    running. Call it once after each optimiser step. Does nothing in evaluation.
+    running. Call it once after each optimiser step. It does nothing in evaluation.
 
-    Raises ValueError if the router has no selection bias.
+    Args:
+        router: with a buffer `bias` [n_experts], such as a `TopKRouter` with selection_bias=True.
+        routing: what the router decided; its `demand` is read.
+        rate: size of the step.
+
+    Raises:
+        ValueError: if the router has no selection bias.
+
+    Example:
+        >>> from moe_ref import TopKRouter
+        >>> router = TopKRouter(3, n_experts=3, k=1, selection_bias=True)
+        >>> router.weight.data = torch.eye(3)  # feature i calls for expert i
+        >>> update_bias(router, router(torch.eye(3)[[0, 0, 1, 2, 0, 1]]), rate=0.5)
+        >>> router.bias
+        tensor([-0.5000,  0.0000,  0.5000])
+
     Source: DeepSeek-V3 2412.19437, section 2.1.2; Wang et al. 2024 (2408.15664), algorithm 1.
     """
     if getattr(router, "bias", None) is None:

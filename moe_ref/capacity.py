@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ._validate import check_choice
 from .routing import Routing, count, top_k
 
 
@@ -18,17 +19,32 @@ class Capacity:
     limit = max(minimum, ceil(factor * k * tokens / n_experts)), never more than the tokens, padding
     not counted. Other codes differ: Mesh-TensorFlow leaves out k, and like MegaBlocks rounds down.
 
+    | overflow | what becomes of an assignment without a place |
+    |---|---|
+    | drop | nobody serves it; the weights of the token's other slots stay as they are |
+    | reroute | the token takes its next best expert with room that it does not use, if any |
+
+    | priority | who keeps a place |
+    |---|---|
+    | choice | all first choices before any second, each in the order of the tokens |
+    | position | the tokens in their order |
+    | score | the larger weight first |
+
     Args:
-        factor: places over even share; infinity changes nothing.
-        overflow: what becomes of an assignment without a place. "drop": nobody serves it, and the
-            weights of the token's other slots stay as they are. "reroute": the token tries its
-            next best expert that has room and that it does not use, and is dropped if none has.
-        priority: who keeps a place. "choice": all first choices before any second, in the order of
-            the tokens. "position": in the order of the tokens. "score": the larger weight first.
-        minimum: places that every expert has at least.
+        factor: the limit over an even share; infinity changes nothing.
+        overflow: a name in the first table.
+        priority: a name in the second.
+        minimum: the least limit.
 
     Raises:
         ValueError: if the factor is not positive, minimum is below 0 or a name is unknown.
+
+    Example:
+        >>> import torch
+        >>> from moe_ref import TopKRouter
+        >>> routing = TopKRouter(d_model=4, n_experts=2, k=1)(torch.ones(10, 4))
+        >>> sorted(routing.counts.tolist()), sorted(Capacity(1.5)(routing).counts.tolist())
+        ([0, 10], [0, 8])
 
     Source: GShard 2006.16668, section 3.2; Switch 2101.03961, equation 3; priority by score:
     Riquelme et al. 2021 (2106.05974), section 4.1.
@@ -46,17 +62,19 @@ class Capacity:
             raise ValueError(f"factor={factor} is not more than 0")
         if minimum < 0:
             raise ValueError(f"minimum={minimum} is less than 0")
-        if overflow not in ("drop", "reroute"):
-            raise ValueError(f"overflow={overflow!r} is neither drop nor reroute")
-        if priority not in ("choice", "position", "score"):
-            raise ValueError(f"priority={priority!r} is none of choice, position, score")
+        check_choice("overflow", overflow, ("drop", "reroute"))
+        check_choice("priority", priority, ("choice", "position", "score"))
         self.factor = factor
         self.overflow = overflow
         self.priority = priority
         self.minimum = minimum
 
+    def __repr__(self) -> str:
+        names = f"overflow={self.overflow!r}, priority={self.priority!r}"
+        return f"Capacity({self.factor:g}, {names}, minimum={self.minimum})"
+
     def limit(self, tokens: int, k: int, n_experts: int) -> int:
-        """Places of each expert for a batch of this size."""
+        """The most tokens an expert takes of a batch of this size."""
         if math.isinf(self.factor):
             return tokens
         # The factor as it is written: 1.1 * 100 / 10 is 11, not the 11.000000000000002 of floats.
@@ -79,9 +97,7 @@ class Capacity:
         if self.overflow == "reroute":
             experts = reroute(routing, experts, order, room - count(experts, n_experts))
             weights = rerouted_weights(routing, experts)
-        return dataclasses.replace(
-            routing, experts=experts, weights=weights, asked=routing.requests
-        )
+        return dataclasses.replace(routing, experts=experts, weights=weights)
 
     def _order(self, weights: Float[Tensor, "tokens slots"]) -> Int[Tensor, " assignments"]:
         """All assignments (token * slots + slot), those that keep a place first at the front."""
@@ -96,7 +112,7 @@ class Capacity:
 def admit(
     arriving: Int[Tensor, " assignments"], room: Int[Tensor, " n_experts"]
 ) -> Bool[Tensor, " assignments"]:
-    """Which of the assignments, arriving in this order, get one of the `room` places of theirs."""
+    """Which of the assignments, arriving in this order, get a place: expert e has room[e] left."""
     sizes = count(arriving, len(room) + 1)
     by_expert = arriving.argsort(stable=True)  # keeps the order within an expert
     ahead = (sizes.cumsum(0) - sizes)[arriving[by_expert]]
@@ -112,37 +128,37 @@ def reroute(
     order: Int[Tensor, " assignments"],
     room: Int[Tensor, " n_experts"],
 ) -> Int[Tensor, "tokens slots"]:
-    """Find places for the dropped, in rounds.
+    """Place the assignments without a place elsewhere, in rounds.
 
-    In a round every token asks for as many experts as it has slots without a place, the best ones
-    with room that it does not use; each expert admits by priority. An expert that turned somebody
-    away is full, so there are at most n_experts rounds.
+    In a round every token asks for as many experts as it has unplaced slots, the best ones with
+    room that it does not use; each expert admits by priority. An expert that turned somebody away
+    is full, so there are at most n_experts rounds.
     """
     dropped = (experts == routing.n_experts) & (routing.experts < routing.n_experts)
     experts = experts.clone()
-    homeless = order[dropped.flatten()[order]]
-    while len(homeless) and room.any():
-        wanted = ask(routing.scores, experts, homeless, room)
+    unplaced = order[dropped.flatten()[order]]
+    while len(unplaced) and room.any():
+        wanted = next_choices(routing.scores, experts, unplaced, room)
         admitted = admit(wanted, room)
-        experts.view(-1)[homeless[admitted]] = wanted[admitted]
+        experts.view(-1)[unplaced[admitted]] = wanted[admitted]
         room = room - count(wanted[admitted], routing.n_experts)
-        # Whoever found nobody to ask never will: experts only fill up.
-        homeless = homeless[(wanted < routing.n_experts) & ~admitted]
+        # Whoever found no expert to ask never will: experts only fill up.
+        unplaced = unplaced[(wanted < routing.n_experts) & ~admitted]
     return experts
 
 
-def ask(
+def next_choices(
     scores: Float[Tensor, "tokens n_experts"],
     experts: Int[Tensor, "tokens slots"],
-    homeless: Int[Tensor, " assignments"],
+    unplaced: Int[Tensor, " assignments"],
     room: Int[Tensor, " n_experts"],
 ) -> Int[Tensor, " assignments"]:
-    """For each slot without a place the next best expert with room, no two of a token alike."""
+    """For each unplaced slot the next best expert with room, no two of a token alike."""
     n_experts = len(room)
     asking = torch.zeros_like(experts, dtype=torch.bool)
-    asking.view(-1)[homeless] = True
+    asking.view(-1)[unplaced] = True
     tokens = asking.any(dim=1).nonzero()[:, 0]
-    turn = asking[tokens].cumsum(dim=1)  # 1 at a token's first homeless slot, 2 at its second, ...
+    turn = asking[tokens].cumsum(dim=1)  # 1 at a token's first unplaced slot, 2 at its second, ...
     most = min(int(turn[:, -1].max()), n_experts)
     closed = (room == 0).repeat(len(tokens), 1)
     closed = F.pad(closed, (0, 1)).scatter_(1, experts[tokens], True)[:, :n_experts]
@@ -152,7 +168,7 @@ def ask(
     choices = F.pad(choices, (1, 0), value=n_experts)
     wishes = experts.new_full(experts.shape, n_experts)
     wishes[tokens] = choices.gather(1, turn.masked_fill(turn > most, 0))
-    return wishes.view(-1)[homeless]
+    return wishes.view(-1)[unplaced]
 
 
 def rerouted_weights(

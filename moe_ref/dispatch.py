@@ -1,4 +1,11 @@
-"""Dispatch: bring the tokens of each expert together, and take the answers home.
+"""Dispatch: move tokens to their experts, and the outputs back to their tokens.
+
+A dispatch is a function `(x, routing, experts) -> y`, and all of them are equal. Two stand here:
+
+| dispatch | how |
+|---|---|
+| `sorted_rows` | copies the tokens of each expert side by side; a slot of nobody has no row |
+| `one_hot_einsum` | multiplies by a large tensor of zeros and ones; for small batches |
 
     token   slot 0  slot 1          row   expert  from token
       a        2       0             0      0         a
@@ -9,7 +16,7 @@
                                      5      2         c
 
 `permute` makes the rows on the right, an expert works on its run of rows, `combine` adds the
-answers up at the left. Slots that nobody serves get no row, so no work is done for them.
+outputs up at the left.
 """
 
 from collections.abc import Callable
@@ -23,6 +30,35 @@ from torch import Tensor
 
 from .routing import Routing
 
+Dispatch = Callable[[Tensor, Routing, Callable[[Tensor, Tensor], Tensor]], Tensor]
+
+
+def sorted_rows(
+    x: Float[Tensor, "tokens d_model"],
+    routing: Routing,
+    experts: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, "tokens d_model"]:
+    """Sort the assignments by expert, let each expert work on its rows, add up by token.
+
+    Args:
+        x: the tokens.
+        routing: which experts serve them.
+        experts: called as `experts(rows, counts)`; an `Experts`.
+
+    Returns:
+        The weighted sum of the experts' outputs for each token; 0 for a token that nobody serves.
+
+    Example:
+        >>> from moe_ref import Experts, TopKRouter
+        >>> x, experts = torch.randn(6, 4), Experts(3, d_model=4, d_ff=8)
+        >>> routing = TopKRouter(d_model=4, n_experts=3, k=2)(x)
+        >>> y = sorted_rows(x, routing, experts)
+        >>> torch.allclose(y, one_hot_einsum(x, routing, experts), atol=1e-6)
+        True
+    """
+    moves = plan(routing)
+    return combine(experts(permute(x, moves), moves.counts), moves, routing)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -31,20 +67,31 @@ class Plan:
     order: Int[Tensor, " rows"]  # slot of each row, counted as token * slots + slot
     tokens: Int[Tensor, " rows"]  # token of each row
     counts: Int[Tensor, " n_experts"]  # rows of each expert
+    served: Int[Tensor, ""] | None = None  # how many rows are somebody's, if not all of them
 
 
 def plan(routing: Routing) -> Plan:
-    """The permutation of a routing; within an expert, rows keep the order of their tokens."""
+    """The permutation of a routing; within an expert, rows keep the order of their tokens.
+
+    In a graph, or on the meta device, the number of rows can't depend on the numbers in a tensor:
+    the slots that nobody serves then have rows too, which hold 0 and stand at the end.
+    """
     counts = routing.counts
-    # A stable sort by expert puts the slots of expert n_experts, nobody, last: cut them off.
-    order = routing.experts.flatten().argsort(stable=True)[: int(counts.sum())]
-    slots = routing.experts.shape[-1]
-    return Plan(order=order, tokens=order // slots, counts=counts)
+    # A stable sort by expert puts the slots of expert n_experts, nobody, last.
+    order = routing.experts.flatten().argsort(stable=True)
+    served = counts.sum()
+    if not (torch.compiler.is_compiling() or counts.is_meta):
+        order = order[: int(served)]
+        return Plan(order, order // routing.experts.shape[-1], counts)
+    nobody = (len(order) - served)[None]  # the last expert gets them: its gradient is of 0
+    counts = torch.cat([counts[:-1], counts[-1:] + nobody])
+    return Plan(order, order // routing.experts.shape[-1], counts, served)
 
 
 def permute(x: Float[Tensor, "tokens d_model"], plan: Plan) -> Float[Tensor, "rows d_model"]:
     """Copy each token to the rows that the plan gives it."""
-    return x.index_select(0, plan.tokens)
+    rows = x.index_select(0, plan.tokens)
+    return only_served(rows, plan)
 
 
 def combine(
@@ -55,7 +102,19 @@ def combine(
     The sum is taken in float32 at least, in the order of the slots: the same bits every time.
     A token that nobody serves gets 0.
     """
-    return WeightedSum.apply(rows, routing.weights, plan.order).to(rows.dtype)
+    if plan.served is None:
+        return WeightedSum.apply(rows, routing.weights, plan.order).to(rows.dtype)
+    home = plan.order.argsort()  # a graph makes its own backward of plain operations
+    by_slot = only_served(rows, plan).index_select(0, home).unflatten(0, routing.weights.shape)
+    return (by_slot * routing.weights[..., None]).sum(dim=1).to(rows.dtype)
+
+
+def only_served(rows: Float[Tensor, "rows d_model"], plan: Plan) -> Float[Tensor, "rows d_model"]:
+    """The rows, with those that nobody serves at 0, and their gradient too."""
+    if plan.served is None:
+        return rows
+    place = torch.arange(len(plan.order), device=rows.device)
+    return rows.masked_fill((place >= plan.served)[:, None], 0)
 
 
 class WeightedSum(torch.autograd.Function):
@@ -67,23 +126,29 @@ class WeightedSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, weights, order):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(rows, weights, order)
+    def forward(rows, weights, order):  # type: ignore[no-untyped-def]
         dtype = torch.promote_types(rows.dtype, weights.dtype)
         y = torch.zeros(len(weights), rows.shape[-1], dtype=dtype, device=rows.device)
         if len(rows) == 0:
             return y
-        # Where each slot's row stands; a slot that nobody serves has none, and is cleared.
-        served = torch.zeros_like(weights, dtype=torch.bool).view(-1)
-        served[order] = True
-        place = torch.zeros_like(served, dtype=torch.long)
+        # Where each slot's row stands; a slot that nobody serves has none, and adds 0.
+        place = torch.zeros(weights.numel(), dtype=torch.long, device=order.device)
         place[order] = torch.arange(len(order), device=order.device)
+        dropped = None
+        if len(order) < weights.numel():
+            dropped = torch.ones_like(place, dtype=torch.bool)
+            dropped[order] = False
         for slot in range(weights.shape[1]):
-            answers = rows.index_select(0, place.view(weights.shape)[:, slot])
-            if len(order) < weights.numel():
-                answers.masked_fill_(~served.view(weights.shape)[:, slot, None], 0)
-            y.addcmul_(answers, weights[:, slot, None])
+            outputs = rows.index_select(0, place.view(weights.shape)[:, slot])
+            if dropped is not None:
+                outputs.masked_fill_(dropped.view(weights.shape)[:, slot, None], 0)
+            y.addcmul_(outputs, weights[:, slot, None])
         return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -91,47 +156,62 @@ class WeightedSum(torch.autograd.Function):
         grad = grad.index_select(0, order // weights.shape[1])
         share = weights.flatten().index_select(0, order)[:, None]
         products = (grad * rows).sum(dim=-1).to(weights.dtype)
-        by_weight = torch.zeros_like(weights).view(-1).index_copy(0, order, products)
-        return (grad * share).to(rows.dtype), by_weight.view(weights.shape), None
+        grad_weights = torch.zeros_like(weights).view(-1).index_copy(0, order, products)
+        return (grad * share).to(rows.dtype), grad_weights.view(weights.shape), None
+
+    @staticmethod
+    def jvp(ctx, d_rows, d_weights, _):  # type: ignore[no-untyped-def]
+        rows, weights, order = ctx.saved_tensors
+        y = 0
+        if d_rows is not None:
+            y = y + WeightedSum.apply(d_rows, weights, order)
+        if d_weights is not None:
+            y = y + WeightedSum.apply(rows, d_weights, order)
+        return y
 
 
-def one_hot(routing: Routing) -> Float[Tensor, "tokens n_experts capacity"]:
-    """GShard's dispatch tensor: 1 where a token takes a place of an expert, in token order.
-
-    `capacity` is the load of the busiest expert. The tensor has tokens * n_experts * capacity
-    entries, of which tokens * slots are not 0: that is what the sorted rows do without.
-    Source: Lepikhin et al. 2020 (2006.16668), algorithm 1.
-    """
-    slots = F.one_hot(routing.experts, routing.n_experts + 1)[..., :-1]  # last column: nobody
-    chosen = slots.sum(dim=1)
-    place = chosen.cumsum(dim=0) - chosen  # tokens before this one at the same expert
-    capacity = int(routing.counts.max())
-    taken = F.one_hot(place.clamp(max=max(capacity - 1, 0)), max(capacity, 1))
-    return (taken * chosen[..., None]).float()
-
-
-def by_einsum(
+def one_hot_einsum(
     x: Float[Tensor, "tokens d_model"],
     routing: Routing,
     experts: Callable[[Tensor, Tensor], Tensor],
 ) -> Float[Tensor, "tokens d_model"]:
-    """Dispatch, experts and combine as two einsums around them; a second opinion, not for speed.
+    """Dispatch and combine as two einsums around the experts: a second opinion, not for speed.
 
-    `experts(rows, counts)` is called with the same number of rows, filled up with zeros, for each.
+    Arguments and result are those of `sorted_rows`. Each expert gets as many rows as the busiest
+    one, filled up with zeros.
+
+    Source: Lepikhin et al. 2020 (2006.16668), algorithm 1.
     """
     places = one_hot(routing).to(x.dtype)
+    x = x.masked_fill(~routing.mask[:, None], 0)  # padding may hold NaN, and 0 * NaN is NaN
     rows = einsum(
         places, x, "tokens n_experts capacity, tokens d_model -> n_experts capacity d_model"
     )
     n_experts, capacity, _ = rows.shape
     counts = torch.full((n_experts,), capacity, device=x.device)
-    answers = experts(rows.flatten(0, 1), counts).unflatten(0, (n_experts, capacity))
+    outputs = experts(rows.flatten(0, 1), counts).unflatten(0, (n_experts, capacity))
     # The weight of each token at each expert: its slot's, where it has one.
     share = routing.weights.new_zeros(len(x), n_experts + 1)
-    share = share.scatter_add(1, routing.experts, routing.weights)[:, :-1].to(x.dtype)
+    share = share.scatter_add(1, routing.experts, routing.weights)[:, :-1].to(outputs.dtype)
     return einsum(
-        places,
+        places.to(outputs.dtype),
         share,
-        answers,
+        outputs,
         "tokens n_experts capacity, tokens n_experts, n_experts capacity d_model -> tokens d_model",
     )
+
+
+def one_hot(routing: Routing) -> Float[Tensor, "tokens n_experts capacity"]:
+    """GShard's dispatch tensor: 1 where a token takes a place of an expert, in token order.
+
+    `capacity` is the number of tokens of the busiest expert. The tensor has tokens * n_experts *
+    capacity entries, of which tokens * slots are not 0: that is what the sorted rows do without.
+
+    Source: Lepikhin et al. 2020 (2006.16668), algorithm 1.
+    """
+    capacity = max(int(routing.counts.max()), 1)
+    slots = F.one_hot(routing.experts, routing.n_experts + 1)[..., :-1]  # last column: nobody
+    chosen = slots.sum(dim=1)
+    place = chosen.cumsum(dim=0) - chosen  # tokens before this one at the same expert
+    taken = F.one_hot(place.clamp(max=capacity - 1), capacity)
+    return (taken * chosen[..., None]).float()

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ._validate import check_choice, check_sizes
 
 # name: (gated, the function applied). Gated blocks multiply act(gate) by a second projection, up.
 ACTIVATIONS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
@@ -19,18 +22,24 @@ ACTIVATIONS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
 class FeedForward(nn.Module):
     """y = down(act(up(x))), or with a gate y = down(act(gate(x)) * up(x)).
 
+    A gated block keeps both input projections in `gate_up`, weight [2 * d_ff, d_model], the rows
+    of the gate first; an ungated one has `up`, weight [d_ff, d_model]. Both have `down`, weight
+    [d_model, d_ff].
+
     Args:
         d_model: features of a token.
         d_ff: hidden features.
         activation: "swiglu" or "geglu" (gated), "gelu" (exact, by erf), "relu" or "silu".
         bias: whether each projection adds one.
 
-    A gated block keeps both input projections in `gate_up`, weight [2 * d_ff, d_model], the rows
-    of the gate first; an ungated one has `up`, weight [d_ff, d_model]. Both have `down`, weight
-    [d_model, d_ff].
-
     Raises:
         ValueError: if a size is below 1 or the activation is unknown.
+
+    Example:
+        >>> import torch
+        >>> block = FeedForward(d_model=4, d_ff=6)
+        >>> block(torch.randn(2, 3, 4)).shape
+        torch.Size([2, 3, 4])
 
     Source: Vaswani et al. 2017, section 3.3; gated forms: Shazeer 2020 (2002.05202).
     """
@@ -40,6 +49,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(d_model=d_model, d_ff=d_ff)
+        self.d_model, self.d_ff = d_model, d_ff
         self.activation = activation
         if is_gated(activation):
             self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=bias)
@@ -51,6 +61,9 @@ class FeedForward(nn.Module):
         hidden = self.gate_up(x) if is_gated(self.activation) else self.up(x)
         return self.down(activate(hidden, self.activation))
 
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, d_ff={self.d_ff}, activation={self.activation}"
+
 
 def activate(hidden: Float[Tensor, "... hidden"], activation: str) -> Float[Tensor, "... d_ff"]:
     """Apply an activation; a gated one takes [gate, up] side by side and halves the width."""
@@ -61,15 +74,15 @@ def activate(hidden: Float[Tensor, "... hidden"], activation: str) -> Float[Tens
     return function(gate) * up
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What torch.autocast multiplies in on x's device; None without it, as on the meta device."""
+    kind = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def is_gated(activation: str) -> bool:
     """Whether an activation multiplies two projections; ValueError if the name is unknown."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
+    check_choice("activation", activation, ACTIVATIONS)
     return ACTIVATIONS[activation][0]
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise a ValueError that names the first size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")

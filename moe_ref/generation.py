@@ -1,12 +1,17 @@
 """Text from a model, token by token: prefill the prompt, then decode with the key-value cache."""
 
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NoReturn
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .model import Cache, Transformer
+from ._validate import check_sizes
+from .kv_cache import ContiguousCache
+from .model import Transformer
 
 
 def generate(
@@ -19,14 +24,27 @@ def generate(
     seed: int = 0,
     stop: int | None = None,
 ) -> Int[Tensor, "batch prompt_and_new"]:
-    """The prompt and what `stream` adds to it."""
-    new = list(
-        stream(model, prompt, length, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
-    )
+    """Continue a prompt.
+
+    Args:
+        model, prompt, length, temperature, top_p, seed, stop: as in `stream`.
+
+    Returns:
+        The prompt and the new tokens, at most `length` for each sequence.
+
+    Raises:
+        ValueError: as `stream` does.
+
+    Example:
+        >>> from moe_ref import Transformer, TransformerConfig
+        >>> model = Transformer(TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48))
+        >>> generate(model, torch.tensor([[3, 1, 4]]), 5).shape
+        torch.Size([1, 8])
+    """
+    new = stream(model, prompt, length, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
     return torch.cat([prompt, *(column[:, None] for column in new)], dim=1)
 
 
-@torch.no_grad()
 def stream(
     model: Transformer,
     prompt: Int[Tensor, "batch seq"],
@@ -37,37 +55,55 @@ def stream(
     seed: int = 0,
     stop: int | None = None,
 ) -> Iterator[Int[Tensor, " batch"]]:
-    """Yield one new token for each sequence, up to `length` times, as they are made.
+    """Continue a prompt, and hand out each new token as it is made.
 
     Args:
         model: computes as in evaluation, and is left in the mode it was in.
-        prompt: ids of at least one token; all sequences equally long, without padding.
-        length: new tokens at most.
+        prompt: token ids, at least one; all sequences are equally long, without padding.
+        length: new tokens of each sequence, at most.
         temperature: 0 takes the likeliest token; else logits are divided by it before sampling.
-        top_p: sample from the likeliest tokens whose probabilities add up to it.
+        top_p: sample from the fewest likeliest tokens whose probabilities add up to it.
         seed: of the sampling; the same seed draws the same text on the same machine.
         stop: a sequence that made this id repeats it, and the stream ends when all have.
 
+    Returns:
+        An iterator over the new tokens: one for each sequence, up to `length` times.
+
     Raises:
         ValueError: if an argument is impossible, or a router is not causal, as expert choice.
+
+    Example:
+        >>> from moe_ref import Transformer, TransformerConfig
+        >>> model = Transformer(TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48))
+        >>> len(list(stream(model, torch.tensor([[3, 1, 4]]), 5)))
+        5
     """
     _check(model, prompt, length, temperature, top_p)
-    parameter = next(model.parameters())
-    cache = Cache(
-        model.config,
-        len(prompt),
-        prompt.shape[1] + length,
-        device=parameter.device,
-        dtype=parameter.dtype,
-    )
-    generator = torch.Generator(parameter.device).manual_seed(seed)
-    tokens = prompt.to(parameter.device)
-    done = torch.zeros(len(prompt), dtype=torch.bool, device=parameter.device)
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
+    choose = partial(sample, temperature=temperature, top_p=top_p, generator=generator)
+    return _decode(model, prompt, length, choose, stop)
+
+
+@torch.no_grad()
+def _decode(
+    model: Transformer,
+    prompt: Int[Tensor, "batch seq"],
+    length: int,
+    choose: Callable[[Tensor], Tensor],
+    stop: int | None,
+) -> Iterator[Int[Tensor, " batch"]]:
+    weight = model.embedding.weight
+    batch, room = len(prompt), prompt.shape[1] + length
+    cache = ContiguousCache(model.config, batch, room, device=weight.device, dtype=weight.dtype)
+    tokens = prompt.to(weight.device)
+    done = torch.zeros(batch, dtype=torch.bool, device=weight.device)
     for _ in range(length):
         mode = model.training
-        logits = model.eval()(tokens, cache=cache).logits[:, -1]
-        model.train(mode)
-        chosen = sample(logits, temperature, top_p, generator)
+        try:
+            logits = model.eval()(tokens, cache=cache).logits[:, -1]
+        finally:
+            model.train(mode)
+        chosen = choose(logits)
         if stop is not None:
             chosen = chosen.masked_fill(done, stop)
             done |= chosen == stop
@@ -83,7 +119,22 @@ def sample(
     top_p: float,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " batch"]:
-    """One token for each row. Top-p ("nucleus") sampling: Holtzman et al. 2019 (1904.09751)."""
+    """One token for each row.
+
+    Args:
+        logits: of the next token.
+        temperature, top_p: as in `stream`.
+        generator: of the random numbers; None: torch's own.
+
+    Returns:
+        Token ids.
+
+    Example:
+        >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0.0, top_p=1.0)
+        tensor([1])
+
+    Source: top-p, or nucleus, sampling: Holtzman et al. 2019 (1904.09751), section 3.1.
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
     shares = (logits.float() / temperature).softmax(dim=-1)
@@ -98,10 +149,15 @@ def sample(
 def _check(
     model: Transformer, prompt: Tensor, length: int, temperature: float, top_p: float
 ) -> None:
-    if prompt.shape[1] == 0:
+    if not isinstance(prompt, Tensor):
+        _refuse(f"prompt={reprlib.repr(prompt)} is a {type(prompt).__name__}")
+    if prompt.ndim != 2 or prompt.dtype not in (torch.int32, torch.int64):
+        _refuse(f"prompt holds {prompt.dtype} with shape {list(prompt.shape)}")
+    if 0 in prompt.shape:
         raise ValueError("the prompt is empty: give at least one token, such as the end-of-text")
-    if length < 1:
-        raise ValueError(f"length={length} must be at least 1")
+    if not isinstance(length, int):
+        raise ValueError(f"length={length!r} is a {type(length).__name__}: give an int, 1 or more")
+    check_sizes(length=length)
     if not temperature >= 0:
         raise ValueError(f"temperature={temperature} must be 0 or more")
     if not 0 < top_p <= 1:
@@ -112,3 +168,10 @@ def _check(
                 f"{type(module).__name__} is not causal: which experts a token gets depends on"
                 " tokens that come after it, and those do not exist yet during generation"
             )
+
+
+def _refuse(prompt: str) -> NoReturn:
+    raise ValueError(
+        f"{prompt}: token ids are wanted, a tensor of integers [batch, seq]. Encode text with a"
+        " tokenizer first; prompt[None] makes one sequence a batch"
+    )

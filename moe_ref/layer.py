@@ -1,13 +1,14 @@
 """The Mixture-of-Experts layer: route, dispatch, compute, combine."""
 
 from collections.abc import Callable
+from typing import Any, no_type_check
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from . import dispatch
+from .dispatch import Dispatch, sorted_rows
 from .experts import Experts
-from .ffn import FeedForward
+from .routers import Router, check_router
 from .routing import Routing
 
 
@@ -16,36 +17,62 @@ class MoELayer(nn.Module):
 
     y = sum over a token's slots of weight * expert(x), plus shared(x) if there is one.
 
+    What torch's transforms make of it:
+
+    | transform | works | does not |
+    |---|---|---|
+    | `torch.func.grad`, the meta device | every backend | |
+    | `torch.func.jvp` | loop, padded | grouped: torch's grouped_mm has no forward mode |
+    | `torch.compile` | every backend; grouped in bfloat16 as one graph | loop and padded as one \
+graph: reading how many rows each expert gets breaks it, once |
+    | `torch.export` | every backend, of a `TensorOnly` | a capacity rule, expert choice |
+    | `torch.vmap` | | how many rows an expert gets differs from sample to sample |
+
     Args:
         router: hidden states in, a `Routing` out; for instance a `TopKRouter`.
         experts: the stacked blocks.
-        capacity: a rule that edits the routing, such as a limit on the tokens of an expert.
+        capacity: a rule that edits the routing, such as a `Capacity`; None: no expert is ever full.
         shared: a block that every token visits, whatever the router says.
+        dispatch: how tokens get to their experts: one of the functions of `moe_ref.dispatch`.
 
     Raises:
-        ValueError: if router and experts disagree on n_experts, or the input doesn't fit.
+        ValueError: if the parts don't fit each other; in the call, if the input doesn't fit them.
+
+    Example:
+        >>> import torch
+        >>> from moe_ref import TopKRouter
+        >>> layer = MoELayer(TopKRouter(d_model=4, n_experts=8, k=2), Experts(8, d_model=4, d_ff=6))
+        >>> y, routing = layer(torch.randn(2, 5, 4))
+        >>> y.shape, routing.experts.shape
+        (torch.Size([2, 5, 4]), torch.Size([10, 2]))
 
     Source: Shazeer et al. 2017 (1701.06538), equation 1; shared experts: DeepSeekMoE 2401.06066.
     """
 
+    router: Any
+    experts: Experts
+    capacity: Callable[[Routing], Routing] | None
+    shared: nn.Module | None
+    dispatch: Dispatch
+
+    @no_type_check  # wrong parts are refused by name below
     def __init__(
         self,
-        router: nn.Module,
+        router: Router,
         experts: Experts,
         *,
         capacity: Callable[[Routing], Routing] | None = None,
-        shared: FeedForward | None = None,
+        shared: nn.Module | None = None,
+        dispatch: Dispatch = sorted_rows,
     ) -> None:
         super().__init__()
-        if router.n_experts != experts.n_experts:
-            raise ValueError(
-                f"the router has n_experts={router.n_experts}, "
-                f"but experts have n_experts={experts.n_experts}"
-            )
+        check_router(router)
+        check_parts(router, experts, capacity, shared, dispatch)
         self.router = router
         self.experts = experts
         self.capacity = capacity
         self.shared = shared
+        self.dispatch = dispatch
 
     def forward(
         self,
@@ -68,9 +95,7 @@ class MoELayer(nn.Module):
         routing = self.router(tokens, mask=flat_mask, token_ids=flat_ids)
         if self.capacity is not None:
             routing = self.capacity(routing)
-        plan = dispatch.plan(routing)
-        rows = self.experts(dispatch.permute(tokens, plan), plan.counts)
-        y = dispatch.combine(rows, plan, routing)
+        y = self.dispatch(tokens, routing, self.experts)
         if self.shared is not None:
             y = y + visit(self.shared, tokens, flat_mask)
         return y.reshape(x.shape), routing
@@ -83,14 +108,73 @@ class MoELayer(nn.Module):
                 f"mask has shape {tuple(mask.shape)}, but x has tokens {tuple(x.shape[:-1])}"
             )
 
+    def extra_repr(self) -> str:
+        name = getattr(self.dispatch, "__name__", type(self.dispatch).__name__)
+        rule = "" if self.capacity is None else f"capacity={self.capacity!r}, "
+        return f"{rule}dispatch={name}"
+
+
+class TensorOnly(nn.Module):
+    """An `MoELayer` for a model that expects a tensor from its feed-forward block.
+
+    Where the layer returns (y, routing), this returns y and hands the routing to a callback, which
+    may keep it for a balance loss. With activation checkpointing the callback is called again when
+    the layer is computed again.
+
+    Args:
+        layer: the layer.
+        on_routing: called with the `Routing` of each forward; None: the routing is dropped.
+
+    Example:
+        >>> import torch
+        >>> from moe_ref import TopKRouter
+        >>> layer = MoELayer(TopKRouter(d_model=4, n_experts=8, k=2), Experts(8, d_model=4, d_ff=6))
+        >>> routings = []
+        >>> model = nn.Sequential(nn.Linear(3, 4), TensorOnly(layer, routings.append))
+        >>> model(torch.randn(5, 3)).shape, len(routings)
+        (torch.Size([5, 4]), 1)
+    """
+
+    def __init__(
+        self, layer: MoELayer, on_routing: Callable[[Routing], object] | None = None
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.on_routing = on_routing
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        y, routing = self.layer(x)
+        if self.on_routing is not None:
+            self.on_routing(routing)
+        return y
+
+
+def check_parts(
+    router: object, experts: object, capacity: object, shared: object, dispatch: object
+) -> None:
+    """Raise a ValueError that names the first part that does not fit the experts."""
+    if not hasattr(experts, "n_experts") or not hasattr(experts, "d_model"):
+        raise ValueError(f"experts={experts!r} is no Experts(n_experts, d_model, d_ff)")
+    for name, part in (("router", router), ("shared", shared)):
+        for size in ("n_experts", "d_model"):
+            theirs, ours = getattr(part, size, None), getattr(experts, size)
+            if theirs is not None and theirs != ours:
+                raise ValueError(f"{name} has {size}={theirs}, but experts have {size}={ours}")
+    if capacity is not None and not callable(capacity):
+        raise ValueError(f"capacity={capacity!r} is no rule: make it Capacity({capacity!r})")
+    if shared is not None and not callable(shared):
+        raise ValueError(f"shared={shared!r} is no module, such as FeedForward(d_model, d_ff)")
+    if not callable(dispatch):
+        raise ValueError(f"dispatch={dispatch!r} is no function (x, routing, experts) -> y")
+
 
 def visit(
-    block: FeedForward,
+    block: nn.Module,
     tokens: Float[Tensor, "tokens d_model"],
     mask: Bool[Tensor, " tokens"] | None,
 ) -> Float[Tensor, "tokens d_model"]:
     """Every token through one block; padding gets 0."""
     if mask is None:
         return block(tokens)
-    padding = ~mask[:, None]  # cleared on the way in too: it may hold NaN
+    padding = ~mask[:, None]  # set to 0 on the way in too: it may hold NaN
     return block(tokens.masked_fill(padding, 0)).masked_fill(padding, 0)

@@ -1,4 +1,4 @@
-"""A decoder whose blocks are dense or Mixture-of-Experts, and its key-value cache.
+"""A decoder whose blocks are dense or Mixture-of-Experts.
 
     tokens -> embedding -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * n_layers -> norm -> head
 
@@ -8,56 +8,60 @@ grouped-query attention, SwiGLU. `mlp` is a `FeedForward` or a `MoELayer`.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ._validate import check_choice, check_sizes
+from .attention import Attention, Step, check_heads, prepare
 from .capacity import Capacity
 from .experts import Experts
-from .ffn import FeedForward, check_sizes
+from .ffn import FeedForward
+from .kv_cache import KVCache
 from .layer import MoELayer
-from .routers import (
-    ExpertChoiceRouter,
-    GShardRouter,
-    HashRouter,
-    NoisyTopKRouter,
-    SwitchRouter,
-    TopKRouter,
-)
+from .routers import ROUTERS, make_router
 from .routing import Routing
-
-ROUTERS = ("top_k", "noisy_top_k", "switch", "gshard", "hash", "expert_choice")
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of a `Transformer`. With n_experts = 0 every block is dense.
+    """The shape of a `Transformer`; without `n_experts` every block is dense.
 
     Args:
-        vocab_size, d_model, n_layers, n_heads: as everywhere.
-        d_ff: hidden features of a dense block, and of each expert.
+        vocab_size: different token ids.
+        d_model: features of a token.
+        n_layers: blocks.
+        n_heads: heads of queries, of d_model / n_heads features each.
+        d_ff: hidden features of a dense block, or of each expert.
         n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads heads of queries;
-            None: as many as n_heads.
-        n_experts, k: experts of a MoE block, and how many serve a token.
-        every: every n-th block is MoE, the last of each n; 1: all.
+            None: n_heads.
+        n_experts: experts of a MoE block; 0: no block is one.
+        k: experts that serve a token.
+        every: the last of every so many blocks is MoE; 1: all are.
         d_dense: hidden features of the dense blocks among MoE blocks; None: k * d_ff, which costs
             the same FLOPs.
-        d_shared: hidden features of a block beside the experts that every token visits; 0: none.
-        router: one of `ROUTERS`; `router_options` are its keyword arguments.
-        capacity: factor of `Capacity`; infinity drops nothing. `capacity_options` are the others.
-        tied: whether the head is the embedding.
+        d_shared: hidden features of a shared expert, which every token visits; 0: none.
+        router: a name from `routers.ROUTERS`, or a class of your own: see `routers.Router`.
+        router_options: further keyword arguments of its constructor.
+        capacity_factor: factor of `Capacity`; infinity: nothing is dropped.
+        capacity_options: further keyword arguments of `Capacity`.
+        tied: whether the head's weight is the embedding's.
         rope_theta: base of the rotary angles.
         norm_eps: added to the mean square in RMSNorm.
         backend: of the `Experts`.
 
     Raises:
         ValueError: if a size is impossible or a name unknown.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> dense = TransformerConfig(vocab_size=100, d_model=32, n_layers=2, n_heads=4, d_ff=96)
+        >>> moe = replace(dense, n_experts=8, k=2, d_ff=48)
+        >>> [moe.is_moe(layer) for layer in range(2)]
+        [True, True]
     """
 
     vocab_size: int
@@ -71,9 +75,9 @@ class TransformerConfig:
     every: int = 1
     d_dense: int | None = None
     d_shared: int = 0
-    router: str = "top_k"
+    router: str | Callable[..., Any] = "top_k"
     router_options: Mapping[str, Any] = field(default_factory=dict)
-    capacity: float = math.inf
+    capacity_factor: float = math.inf
     capacity_options: Mapping[str, Any] = field(default_factory=dict)
     tied: bool = False
     rope_theta: float = 10_000.0
@@ -81,17 +85,11 @@ class TransformerConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        check_sizes(vocab_size=self.vocab_size, d_model=self.d_model, n_layers=self.n_layers)
-        check_sizes(n_heads=self.n_heads, d_ff=self.d_ff, every=self.every, k=self.k)
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(
-                f"n_heads={self.n_heads} does not divide d_model={self.d_model} into heads of an"
-                " even number of features"
-            )
-        if self.kv_heads < 1 or self.n_heads % self.kv_heads:
-            raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
-        if self.router not in ROUTERS:
-            raise ValueError(f"router={self.router!r} is none of {', '.join(ROUTERS)}")
+        check_sizes(vocab_size=self.vocab_size, n_layers=self.n_layers, d_ff=self.d_ff)
+        check_sizes(every=self.every, k=self.k)
+        check_heads(self.d_model, self.n_heads, self.kv_heads)
+        if not callable(self.router):
+            check_choice("router", self.router, ROUTERS)
         if self.n_experts < 0 or self.d_shared < 0:
             raise ValueError(
                 f"n_experts={self.n_experts} and d_shared={self.d_shared} must be 0 or more"
@@ -103,10 +101,12 @@ class TransformerConfig:
 
     @property
     def kv_heads(self) -> int:
+        """Heads of keys and values."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def head_features(self) -> int:
+        """Features of a head."""
         return self.d_model // self.n_heads
 
     def is_moe(self, layer: int) -> bool:
@@ -116,49 +116,34 @@ class TransformerConfig:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What a `Transformer` says, and the decisions that led to it, one for each MoE block."""
+    """What a `Transformer` returns.
+
+    Attributes:
+        logits: of the token that comes next, at every position.
+        routings: the decision of each MoE block, in order.
+    """
 
     logits: Float[Tensor, "batch seq vocab"]
     routings: tuple[Routing, ...]
 
-
-class Cache:
-    """Keys and values of the tokens read so far, for each block; room for `length` tokens.
-
-    Raises ValueError when more tokens come than there is room for.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        batch: int,
-        length: int,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        check_sizes(batch=batch, length=length)
-        shape = (config.n_layers, batch, config.kv_heads, length, config.head_features)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
-        self.length = length
-        self.seen = 0  # tokens of each sequence that all blocks have read
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new tokens to a block's; return all of them."""
-        end = self.seen + keys.shape[2]
-        if end > self.length:
-            raise ValueError(f"the cache has room for length={self.length} tokens, not {end}")
-        self.keys[layer, :, :, self.seen : end] = keys
-        self.values[layer, :, :, self.seen : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def __repr__(self) -> str:
+        return f"Output(logits={list(self.logits.shape)}, routings={len(self.routings)})"
 
 
 class Transformer(nn.Module):
-    """The decoder: logits of the next token at every position.
+    """A decoder: token ids in, logits of the next token out, at every position.
 
-    Raises:
-        ValueError: if tokens lie outside the vocabulary, or the cache has no room.
+    Args:
+        config: its shape.
+
+    Example:
+        >>> import torch
+        >>> from moe_ref import Transformer, TransformerConfig
+        >>> config = TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48, n_experts=8)
+        >>> Transformer(config)(torch.tensor([[3, 1, 4, 1, 5]]))
+        Output(logits=[1, 5, 100], routings=2)
+
+    Source: Mixtral, Jiang et al. 2024 (2401.04088).
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -172,33 +157,49 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
 
+    def extra_repr(self) -> str:
+        kind = f"n_experts={self.config.n_experts}" if self.config.n_experts else "dense"
+        return f"{kind}, tied={self.config.tied}"
+
     def forward(
         self,
         tokens: Int[Tensor, "batch seq"],
         *,
+        positions: Int[Tensor, "batch seq"] | None = None,
         mask: Bool[Tensor, "batch seq"] | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
     ) -> Output:
         """Read tokens, after those in the cache if one is given.
 
         Args:
             tokens: ids, 0 to vocab_size - 1.
-            mask: False at padding, which follows a sequence and is not routed.
+            positions: where each token stands in its sequence, counted from 0; a token sees those
+                of its sequence at positions up to its own. None: each sequence goes on where the
+                cache ends it, or begins at 0. With a cache, no other positions are possible.
+            mask: False at padding, before or after the tokens of a sequence: it is not routed, not
+                stored, and seen by no token; its own logits mean nothing. None: no padding.
             cache: holds the tokens before these, and takes these in.
+
+        Returns:
+            The logits, and the routing of each MoE block.
+
+        Raises:
+            ValueError: if tokens are not in the vocabulary, positions or mask do not fit them, or
+                the cache has no room for them or was made for another model or batch.
         """
-        if not tokens.is_cuda and tokens.numel():  # a GPU would have to wait for the answer
+        if tokens.device.type == "cpu" and tokens.numel():  # a GPU would have to be waited for
             self._check(tokens)
         x = self.embedding(tokens)
-        start = 0 if cache is None else cache.seen
-        angles = rotary_angles(start, tokens.shape[1], self.config, x.device)
+        step = prepare(self.config, x, positions, mask, cache)
         routings = []
         for block in self.blocks:
-            x, routing = block(x, angles, tokens, mask, cache)
+            x, routing = block(x, step, tokens, mask)
             if routing is not None:
                 routings.append(routing)
+        output = Output(self.head(self.norm(x)), tuple(routings))
         if cache is not None:
-            cache.seen += tokens.shape[1]
-        return Output(self.head(self.norm(x)), tuple(routings))
+            cache.commit()
+        return output
 
     def _check(self, tokens: Tensor) -> None:
         low, high = int(tokens.min()), int(tokens.max())
@@ -208,25 +209,30 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        config: of the model.
+        layer: number of the block, from 0: it decides whether `mlp` is MoE.
+    """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config.d_model, config.n_heads, config.kv_heads)
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = make_mlp(config, layer)
 
     def forward(
         self,
         x: Float[Tensor, "batch seq d_model"],
-        angles: Float[Tensor, "seq half"],
+        step: Step,
         tokens: Int[Tensor, "batch seq"],
         mask: Bool[Tensor, "batch seq"] | None,
-        cache: Cache | None,
     ) -> tuple[Float[Tensor, "batch seq d_model"], Routing | None]:
-        x = x + self.attention(self.attention_norm(x), angles, cache, self.layer)
+        """The new hidden states, and the routing if the block is MoE."""
+        x = x + self.attention(self.attention_norm(x), step, self.layer)
         hidden = self.mlp_norm(x)
         if isinstance(self.mlp, FeedForward):
             return x + self.mlp(hidden), None
@@ -234,110 +240,49 @@ class Block(nn.Module):
         return x + y, routing
 
 
-class Attention(nn.Module):
-    """Causal attention; each head of keys and values serves n_heads / n_kv_heads of queries.
-
-    Source: Vaswani et al. 2017; grouped queries: Ainslie et al. 2023 (2305.13245).
-    """
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.n_heads, config.kv_heads
-        wide, narrow = config.d_model, config.kv_heads * config.head_features
-        self.query = nn.Linear(config.d_model, wide, bias=False)
-        self.key = nn.Linear(config.d_model, narrow, bias=False)
-        self.value = nn.Linear(config.d_model, narrow, bias=False)
-        self.out = nn.Linear(wide, config.d_model, bias=False)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch seq d_model"],
-        angles: Float[Tensor, "seq half"],
-        cache: Cache | None,
-        layer: int,
-    ) -> Float[Tensor, "batch seq d_model"]:
-        split = "batch seq (heads features) -> batch heads seq features"
-        q = rotate(rearrange(self.query(x), split, heads=self.heads), angles)
-        k = rotate(rearrange(self.key(x), split, heads=self.kv_heads), angles)
-        v = rearrange(self.value(x), split, heads=self.kv_heads)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        y = attend(q, k, v)
-        return self.out(rearrange(y, "batch heads seq features -> batch seq (heads features)"))
-
-
-def attend(
-    q: Float[Tensor, "batch heads seq features"],
-    k: Float[Tensor, "batch kv_heads past_and_seq features"],
-    v: Float[Tensor, "batch kv_heads past_and_seq features"],
-) -> Float[Tensor, "batch heads seq features"]:
-    """Each query sees the keys up to its own; the last query stands beside the last key."""
-    seq, total = q.shape[2], k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
-    if seq == total:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    seen = torch.ones(seq, total, dtype=torch.bool, device=q.device).tril(total - seq)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
-
-
-def rotary_angles(
-    start: int, seq: int, config: TransformerConfig, device: torch.device
-) -> Float[Tensor, "seq half"]:
-    """position * theta^(-2i / features), float32. Source: RoFormer, Su et al. 2021 (2104.09864)."""
-    features = config.head_features
-    exponents = torch.arange(0, features, 2, device=device, dtype=torch.float32) / features
-    positions = torch.arange(start, start + seq, device=device, dtype=torch.float32)
-    return positions[:, None] * config.rope_theta**-exponents
-
-
-def rotate(
-    x: Float[Tensor, "batch heads seq features"], angles: Float[Tensor, "seq half"]
-) -> Float[Tensor, "batch heads seq features"]:
-    """Turn feature i and feature i + half, as a pair, by angle i of the position."""
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 def make_mlp(config: TransformerConfig, layer: int) -> FeedForward | MoELayer:
-    """The feed-forward part of block number `layer`."""
+    """The feed-forward part of block number `layer`, counted from 0."""
     if not config.n_experts:
         return FeedForward(config.d_model, config.d_ff)
     if not config.is_moe(layer):
         return FeedForward(config.d_model, config.d_dense or config.k * config.d_ff)
-    limited = not math.isinf(config.capacity)
+    names = ("d_model", "n_experts", "k", "vocab_size")
+    sizes = {name: getattr(config, name) for name in names}
+    capacity = None
+    if not math.isinf(config.capacity_factor):
+        capacity = Capacity(config.capacity_factor, **config.capacity_options)
     return MoELayer(
-        make_router(config),
+        make_router(config.router, config.router_options, **sizes),
         Experts(config.n_experts, config.d_model, config.d_ff, backend=config.backend),
-        capacity=Capacity(config.capacity, **config.capacity_options) if limited else None,
+        capacity=capacity,
         shared=FeedForward(config.d_model, config.d_shared) if config.d_shared else None,
     )
 
 
-def make_router(config: TransformerConfig) -> nn.Module:
-    """The router that a configuration names."""
-    sizes, options = (config.d_model, config.n_experts), config.router_options
-    if config.router == "switch":
-        return SwitchRouter(*sizes, **options)
-    if config.router == "gshard":
-        return GShardRouter(*sizes, **options)
-    if config.router == "hash":
-        return HashRouter(config.n_experts, config.vocab_size, **options)
-    chosen = {
-        "top_k": TopKRouter,
-        "noisy_top_k": NoisyTopKRouter,
-        "expert_choice": ExpertChoiceRouter,
-    }[config.router]
-    return chosen(*sizes, config.k, **options)
-
-
 def upcycle(dense: Transformer, n_experts: int, *, k: int = 2, every: int = 1) -> Transformer:
-    """A MoE whose experts all begin as the dense model's block: the same function, to train on.
+    """A MoE model that computes what the dense one does, to train on from there.
 
-    The weights of a token's k experts sum to 1, so that k equal answers give the one answer; the
-    router begins at random. Costs k times the FLOPs of the dense block.
+    Each expert begins as a copy of the dense block and the router at random. The weights of a
+    token's k experts sum to 1, so k equal outputs add up to the output of the block. The MoE block
+    costs k times its FLOPs.
 
-    Raises ValueError if the model has experts already, or the sizes don't fit.
+    Args:
+        dense: a model without experts; it stays as it is.
+        n_experts, k, every: as in `TransformerConfig`.
+
+    Returns:
+        A new model, on the device and with the dtype of the dense one.
+
+    Raises:
+        ValueError: if the model has experts already, or the sizes don't fit.
+
+    Example:
+        >>> import torch
+        >>> dense = Transformer(TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48))
+        >>> moe, tokens = upcycle(dense, n_experts=8), torch.tensor([[3, 1, 4]])
+        >>> torch.allclose(moe(tokens).logits, dense(tokens).logits, atol=1e-5)
+        True
+
     Source: Komatsuzaki et al. 2022 (2212.05055).
     """
     if dense.config.n_experts:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .ffn import check_sizes
+from ._validate import check_sizes
 from .routing import Routing, count
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Tally:
     tokens: int
     demand: Int[Tensor, " n_experts"]  # assignments that asked for each expert
     served: Int[Tensor, " n_experts"]  # assignments that each expert served
-    overflow: Int[Tensor, " n_experts"]  # assignments that asked for it and went elsewhere
+    overflow: Int[Tensor, " n_experts"]  # assignments that asked for it and went elsewhere, or lost
     nats: float  # entropy of the scores, summed over tokens
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -31,21 +31,20 @@ class Tally:
     @property
     def dropped_fraction(self) -> float:
         """Share of the assignments asked for that nobody served."""
-        asked = int(self.demand.sum())
-        return (asked - int(self.served.sum())) / asked if asked else 0.0
+        total = int(self.demand.sum())
+        return (total - int(self.served.sum())) / total if total else 0.0
 
     @property
     def imbalance(self) -> float:
-        """Tokens served by the busiest expert over the mean: 1 at perfect balance."""
-        mean = self.served.double().mean().item()
-        return self.served.max().item() / mean if mean else 1.0
+        """Demand for the busiest expert over the mean demand: 1 when even."""
+        mean = self.demand.double().mean().item()
+        return self.demand.max().item() / mean if mean else 1.0
 
     @property
     def variation(self) -> float:
-        """Coefficient of variation of the tokens served: standard deviation over mean."""
-        served = self.served.double()
-        mean = served.mean().item()
-        return served.std(correction=0).item() / mean if mean else 0.0
+        """Coefficient of variation of the demand: standard deviation over mean."""
+        mean = self.demand.double().mean().item()
+        return self.demand.double().std(correction=0).item() / mean if mean else 0.0
 
     @property
     def entropy(self) -> float:
@@ -65,10 +64,17 @@ class RoutingStats:
     both. Nothing keeps a graph or a routing.
 
     Args:
-        n_experts: of the layer.
+        n_experts: experts of the layer.
 
     Raises:
         ValueError: on a routing of another number of experts, or labels that don't fit the tokens.
+
+    Example:
+        >>> from moe_ref import TopKRouter
+        >>> stats = RoutingStats(n_experts=4)
+        >>> stats.update(TopKRouter(d_model=3, n_experts=4, k=2)(torch.ones(5, 3)), list("aabbb"))
+        >>> stats.overall.tokens, stats.by_label["b"].tokens, stats.overall.imbalance
+        (5, 3, 2.0)
     """
 
     def __init__(self, n_experts: int) -> None:
@@ -135,7 +141,7 @@ class RoutingStats:
 def tally(routing: Routing, chosen: Bool[Tensor, " tokens"]) -> Tally:
     """The sums over the chosen tokens of a routing, padding left out, on the CPU."""
     n_experts, keep = routing.n_experts, routing.mask & chosen
-    asked, served = routing.requests[keep], routing.experts[keep]
+    asked, served = routing.asked[keep], routing.experts[keep]
     gone = asked.masked_fill(asked == served, n_experts)
     shares = routing.scores[keep].double()
     shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=1e-20)

@@ -1,15 +1,17 @@
-"""The training loop: next-token loss and balance losses in, a `History` and weights out.
+"""The training loop: batches of tokens in, trained weights and a `History` out.
 
-Batch number i and learning rate number i depend on i alone, and a checkpoint holds the rest
-(weights, moments, random state, history), so that a run that was killed and resumed has the same
-weights, bit for bit, as one that was not.
+A run that was killed and resumed has the same weights, bit for bit, as one that was not: learning
+rate number i depends on i alone, batch number i comes again when asked for, and a checkpoint holds
+the rest (weights, moments, random state, history).
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,22 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import balance
-from .checkpoints import read_last, write_next
-from .course.text import corpora
-from .ffn import check_sizes
+from ._validate import check_sizes
+from .batches import Batch as Batch
+from .batches import BatchLike, digest, evaluating, graded, read
+from .batches import held_out_loss as held_out_loss
+from .checkpoints import run
 from .layer import MoELayer
 from .model import Transformer
 from .routing import Routing
 
-Domains = Sequence[str] | Mapping[str, Sequence[str]]
-
-LOSSES: dict[str, Callable[[Routing, int], Tensor]] = {
-    "importance": lambda routing, seq: balance.importance_loss(routing),
-    "load": lambda routing, seq: balance.load_loss(routing),
-    "switch": lambda routing, seq: balance.switch_loss(routing),
-    "z": lambda routing, seq: balance.z_loss(routing),
-    "sequence": lambda routing, seq: balance.sequence_loss(routing, seq=seq),
-}
+# What the record of a step holds beside the balance losses.
+COLUMNS = {"step", "lr", "loss", "imbalance", "dropped"}
+COLUMNS |= {"grad_norm", "seconds", "tokens_per_second"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,6 @@ class TrainingConfig:
 
     Args:
         steps: updates of the weights.
-        batch, seq: sequences of a batch, and tokens of each.
         accumulate: batches whose gradients are added up for one update.
         lr: highest learning rate, reached after `warmup` steps; it falls as a cosine to
             `final_lr` * lr at the last.
@@ -51,21 +48,22 @@ class TrainingConfig:
         betas: of AdamW.
         clip: largest norm of the gradient.
         autocast: whether to multiply in bfloat16, weights staying as they are.
-        balance: coefficient of each loss of `LOSSES` to add, summed over the MoE blocks.
+        balance: coefficients of the balance losses to add. A key is a name from `balance.LOSSES` or
+            a `balance.BalanceLoss` itself.
         bias_rate: step of `balance.update_bias`; 0: none.
-        evaluate_every: steps between evaluations, the last step included; 0: never.
-        evaluate_windows: windows of each domain an evaluation reads; None: all.
-        checkpoint_every: steps between checkpoints, the last step included; 0: never.
-        weights: share of each domain in a batch; None: equal.
-        seed: of the data.
+        evaluate_every: steps between evaluations; the last step ends with one, with 0 it alone.
+        checkpoint_every: steps between checkpoints; the last step ends with one, with 0 it alone.
 
     Raises:
         ValueError: if a number is out of range or a loss unknown.
+
+    Example:
+        >>> config = TrainingConfig(steps=100, lr=0.01, warmup=10)
+        >>> [round(config.lr_at(step), 4) for step in (0, 10, 99)]
+        [0.001, 0.01, 0.001]
     """
 
     steps: int
-    batch: int = 16
-    seq: int = 128
     accumulate: int = 1
     lr: float = 3e-3
     warmup: int = 50
@@ -74,28 +72,22 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     autocast: bool = False
-    balance: Mapping[str, float] = field(default_factory=lambda: {"switch": 0.01})
+    balance: Mapping[Any, float] = field(default_factory=lambda: {"switch": 0.01})
     bias_rate: float = 0.0
     evaluate_every: int = 0
-    evaluate_windows: int | None = 16
     checkpoint_every: int = 0
-    weights: Mapping[str, float] | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_sizes(steps=self.steps, batch=self.batch, seq=self.seq, accumulate=self.accumulate)
-        for name in self.balance:
-            if name not in LOSSES:
-                raise ValueError(f"balance names {name!r}, which is none of {', '.join(LOSSES)}")
+        check_sizes(steps=self.steps, accumulate=self.accumulate)
+        every = "evaluate_every", "checkpoint_every"
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
-        for name in ("warmup", "final_lr", "weight_decay", "bias_rate"):
+        for name in ("warmup", "final_lr", "weight_decay", "bias_rate", *every):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        for name in ("evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        for name in COLUMNS & set(balance.resolve(self.balance)):
+            raise ValueError(f"balance holds a loss called {name!r}: rename it, History has one")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update after `step` updates."""
@@ -108,31 +100,37 @@ class TrainingConfig:
 
 @dataclass
 class History:
-    """What happened: one record for each step, and one for each domain of each evaluation."""
+    """What happened: one record for each step, and one for each loss of each evaluation.
+
+    The record of a step has the keys `COLUMNS` and the name of each balance loss, which is summed
+    over the MoE blocks. `imbalance` is the demand of the busiest expert over the mean, in the worst
+    block; `dropped` is the share of requests that no expert served.
+    """
 
     steps: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def to_frame(self) -> Any:
-        """A pandas table, a row for each step: losses, load imbalance, dropped share, speed."""
+        """A pandas table, a row for each step."""
         import pandas
 
         return pandas.DataFrame(self.steps)
 
-    def by_domain(self) -> Any:
-        """Held-out losses, nats per token: a pandas table, steps by domains."""
+    def held_out(self) -> Any:
+        """What the evaluations gave: a pandas table, steps by names."""
         import pandas
 
         table = pandas.DataFrame(self.evaluations)
-        order = list(dict.fromkeys(table["domain"]))
-        return table.pivot(index="step", columns="domain", values="loss")[order]
+        order = list(dict.fromkeys(table["name"]))
+        return table.pivot(index="step", columns="name", values="loss")[order]
 
 
 def train(
     model: Transformer,
-    domains: Domains,
+    batches: Callable[..., Iterable[BatchLike]],
     config: TrainingConfig,
     *,
+    evaluate: Callable[[Transformer], Mapping[str, float]] | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> History:
@@ -140,55 +138,70 @@ def train(
 
     Args:
         model: on the device to train on; it is left in training mode.
-        domains: names from `corpora.DOMAINS`, or a mapping from names to documents.
-        config: how.
+        batches: `batches(start=i)` gives batch number i, then i + 1, and so on, the same each time:
+            such as `functools.partial(corpora.batches, corpora.DOMAINS, batch=16, seq=128)`.
+        config: the schedule, the optimiser and the balance losses.
+        evaluate: `evaluate(model)` gives losses by name, for `History.held_out`. It is called in
+            evaluation mode and without gradient.
         folder: for checkpoints, `training.safetensors` and the one before it.
         progress: whether to show a bar.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or of another model or configuration.
+        ValueError: if the checkpoint is damaged, or of another model, configuration or data.
         FloatingPointError: if loss or gradient are not finite; the weights are those before.
         OSError: if a checkpoint can't be written; the last one is as it was.
+
+    Example:
+        >>> from itertools import repeat
+        >>> from moe_ref import TransformerConfig
+        >>> _ = torch.manual_seed(0)
+        >>> model = Transformer(TransformerConfig(9, 16, 1, 2, 16, n_experts=4))
+        >>> tokens = torch.arange(18).view(2, 9) % 9  # to learn to count
+        >>> batch = Batch(tokens[:, :-1], tokens[:, 1:])
+        >>> config = TrainingConfig(steps=60, lr=0.01)
+        >>> history = train(model, lambda start: repeat(batch), config, progress=False)
+        >>> history.steps[0]["loss"] > 2 and held_out_loss(model, [batch]) < 0.1
+        True
     """
+    if not callable(batches):
+        raise ValueError(f"batches={batches!r} must be a function, called as batches(start=0)")
     if config.checkpoint_every and folder is None:
         raise ValueError(f"checkpoint_every={config.checkpoint_every} needs a folder")
+    if config.evaluate_every and evaluate is None:
+        raise ValueError(f"evaluate_every={config.evaluate_every} needs evaluate, a function")
     optimizer = make_optimizer(model, config)
-    history, first = History(), 0
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        first = resume(Path(folder), model, optimizer, config, history)
-    data = corpora.batches(
-        domains,
-        batch=config.batch,
-        seq=config.seq,
-        seed=config.seed,
-        start=first * config.accumulate,
-        weights=config.weights,
-    )
+    history, stream = _resume(folder, model, optimizer, config, batches)
     model.train()
-    bar = _bar(first, config.steps, progress)
-    for step in range(first, config.steps):
-        batches = [next(data) for _ in range(config.accumulate)]
-        record = update(model, optimizer, batches, config, step)
-        history.steps.append(record)
-        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-        bar.update()
-        if _due(step, config.evaluate_every, config.steps):
-            limit = config.evaluate_windows
-            losses = evaluate(model, domains, batch=config.batch, seq=config.seq, limit=limit)
-            for domain, loss in losses.items():
-                history.evaluations.append({"step": step + 1, "domain": domain, "loss": loss})
-        if folder is not None and _due(step, config.checkpoint_every, config.steps):
-            keep(Path(folder), model, optimizer, config, history)
-    bar.close()
+    first = len(history.steps)
+    with _bar(first, config.steps, progress) as bar:
+        for step in range(first, config.steps):
+            taken = list(islice(stream, config.accumulate))
+            if len(taken) < config.accumulate:
+                raise ValueError(f"batches end in step {step + 1} of steps={config.steps}")
+            record = update(model, optimizer, taken, config, step)
+            history.steps.append(record)
+            if evaluate is not None and _due(step, config.evaluate_every, config.steps):
+                with evaluating(model):
+                    for name, loss in evaluate(model).items():
+                        made = {"step": step + 1, "name": name, "loss": float(loss)}
+                        history.evaluations.append(made)
+            if folder is not None and _due(step, config.checkpoint_every, config.steps):
+                about = {"run": _about(model, config), "history": vars(history)}
+                texts = {name: json.dumps(part) for name, part in about.items()}
+                texts["batch"] = digest(taken[-1])
+                run.write_next(Path(folder), run.state(model, optimizer), texts)
+            if bar is not None:
+                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+                bar.update()
     return history
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2017, 1711.05101), matrices apart from norms and biases."""
-    named = list(model.named_parameters())
-    free = [p for name, p in named if p.ndim < 2 or name.endswith("bias")]
-    matrices = [p for name, p in named if not (p.ndim < 2 or name.endswith("bias"))]
+    matrices: list[Tensor] = []
+    free: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        (free if parameter.ndim < 2 or name.endswith("bias") else matrices).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": free, "weight_decay": 0.0},
@@ -199,27 +212,27 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 def update(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[corpora.Batch],
+    batches: Sequence[BatchLike],
     config: TrainingConfig,
     step: int,
 ) -> dict[str, float]:
-    """One update of the weights; returns the record of the step."""
+    """One update of the weights, by the gradients of all `batches`.
+
+    Args:
+        model, optimizer: in training mode, and what `make_optimizer` gives for it.
+        batches: as many as are to be added up.
+        config: as for `train`.
+        step: how many updates were made before.
+
+    Returns:
+        The record of the step, for `History.steps`.
+
+    Raises:
+        ValueError: if a batch has no target to grade.
+        FloatingPointError: if loss or gradient are not finite; the weights are those before.
+    """
     begin = perf_counter()
-    device = next(model.parameters()).device
-    record: dict[str, float] = {"step": step + 1, "lr": config.lr_at(step)}
-    demands = [torch.zeros((), dtype=torch.long, device=device)] * model.config.n_layers
-    for batch in batches:
-        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-            output = model(inputs)
-            loss = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
-        terms = {"loss": loss} | balance_losses(output.routings, config)
-        total = loss + sum(config.balance[name] * terms[name] for name in terms if name != "loss")
-        (total / len(batches)).backward()
-        for name, term in terms.items():
-            record[name] = record.get(name, 0.0) + term.item() / len(batches)
-        demands = [sum + routing.demand for sum, routing in zip(demands, output.routings)]
-        record |= traffic(output.routings)
+    record, routings = _backward(model, batches, config)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     if not math.isfinite(record["loss"]) or not norm.isfinite():
         optimizer.zero_grad()
@@ -233,140 +246,94 @@ def update(
     optimizer.step()
     optimizer.zero_grad()
     if config.bias_rate:
-        move_biases(model, output.routings, demands, config.bias_rate)
-    tokens = sum(batch.targets.numel() for batch in batches)
+        layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoELayer)]
+        for layer, routing in zip(layers, routings, strict=True):
+            balance.update_bias(layer.router, routing, config.bias_rate)
+    record = {"step": step + 1, "lr": config.lr_at(step)} | record
     record["grad_norm"] = norm.item()
     record["seconds"] = perf_counter() - begin
-    record["tokens_per_second"] = tokens / record["seconds"]
-    return record
+    tokens = sum(batch.targets.numel() for batch in batches)
+    return record | {"tokens_per_second": tokens / record["seconds"]}
 
 
-def balance_losses(routings: Sequence[Routing], config: TrainingConfig) -> dict[str, Tensor]:
-    """Each balance loss of the configuration, summed over the MoE blocks."""
-    if not routings:
-        return {}
-    return {
-        name: torch.stack([LOSSES[name](routing, config.seq) for routing in routings]).sum()
-        for name in config.balance
-    }
+def _backward(
+    model: Transformer, batches: Sequence[BatchLike], config: TrainingConfig
+) -> tuple[dict[str, float], list[Routing]]:
+    """Add up the gradients of the batches.
+
+    Returns what to record, and the routings of the last batch with the demand of all batches.
+    """
+    device = next(model.parameters()).device
+    losses, counts = balance.resolve(config.balance), [graded(batch) for batch in batches]
+    if not all(counts):
+        raise ValueError(f"batch {counts.index(0)} of the step has no target to grade")
+    record, demands, dropped = {"loss": 0.0}, [], []
+    for batch, count in zip(batches, counts, strict=True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+            output, targets = read(model, batch)
+            loss = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
+        parts = sum(counts) / count  # so that every target of the update counts alike
+        record["loss"] += loss.item() / parts
+        total = loss / parts
+        terms = balance.sums(losses, output.routings, seq=targets.shape[1])
+        for name, term in terms.items():
+            total = total + losses[name][1] * term / len(batches)
+            record[name] = record.get(name, 0.0) + term.item() / len(batches)
+        total.backward()
+        demands.append([routing.demand for routing in output.routings])
+        dropped += [float(routing.dropped_fraction) for routing in output.routings]
+    totals = [torch.stack(block).sum(dim=0) for block in zip(*demands, strict=True)]
+    routings = [dataclasses.replace(r, demand=d) for r, d in zip(output.routings, totals)]
+    if routings:
+        record["imbalance"] = max(float(r.imbalance) for r in routings)
+        record["dropped"] = sum(dropped) / len(dropped)
+    return record, routings
 
 
-def traffic(routings: Sequence[Routing]) -> dict[str, float]:
-    """Load imbalance (busiest expert over mean, the worst block's) and mean share of drops."""
-    if not routings:
-        return {}
-    imbalance = [float(r.load.max() * r.n_experts) for r in routings]
-    dropped = [float(r.dropped_fraction) for r in routings]
-    return {"imbalance": max(imbalance), "dropped": sum(dropped) / len(dropped)}
-
-
-def move_biases(
-    model: Transformer, routings: Sequence[Routing], demands: Sequence[Tensor], rate: float
-) -> None:
-    """`balance.update_bias` for each router, with the demand of all batches of the step."""
-    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoELayer)]
-    for layer, routing, demand in zip(layers, routings, demands, strict=True):
-        balance.update_bias(layer.router, dataclasses.replace(routing, demand=demand), rate)
-
-
-@torch.no_grad()
-def evaluate(
-    model: Transformer,
-    domains: Domains,
-    *,
-    batch: int = 16,
-    seq: int = 128,
-    limit: int | None = None,
-) -> dict[str, float]:
-    """Mean held-out loss of each domain, nats per token; the model's mode and weights stay."""
-    mode, device = model.training, next(model.parameters()).device
-    names = list(domains)
-    losses, tokens = torch.zeros(2, len(names), dtype=torch.float64)
-    model.eval()
-    for part in corpora.sweep(domains, batch=batch, seq=seq, limit=limit):
-        mask = part.mask.to(device)
-        logits = model(part.inputs.to(device), mask=mask).logits
-        graded = F.cross_entropy(logits.mT, part.targets.to(device), reduction="none") * mask
-        losses.index_add_(0, part.domains, graded.double().sum(dim=1).cpu())
-        tokens.index_add_(0, part.domains, mask.double().sum(dim=1).cpu())
-    model.train(mode)
-    return dict(zip(names, (losses / tokens).tolist(), strict=True))
-
-
-# ---------------------------------------------------------------- checkpoints of a run
-
-
-def keep(
-    folder: Path,
+def _resume(
+    folder: str | Path | None,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
-    history: History,
-) -> None:
-    """Write all that the rest of the run depends on; the checkpoint before this one stays."""
-    tensors = {f"model.{name}": tensor for name, tensor in own_tensors(model).items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    about = {"run": json.dumps(_about(model, config)), "history": json.dumps(vars(history))}
-    write_next(folder, tensors, about)
-
-
-def resume(
-    folder: Path,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
-    history: History,
-) -> int:
-    """Go back to the last checkpoint; returns the steps done, 0 if there is none."""
-    last = read_last(folder)
+    batches: Callable[..., Iterable[BatchLike]],
+) -> tuple[History, Iterator[BatchLike]]:
+    """Go back to the last checkpoint, if there is one; its history, and the batches to come."""
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    last = None if folder is None else run.read_last(Path(folder))
     if last is None:
-        return 0
+        return History(), iter(batches(start=0))
     tensors, about = last
-    _compare(json.loads(about["run"]), _about(model, config), folder)
-    with torch.no_grad():
-        for name, tensor in own_tensors(model).items():
-            tensor.copy_(tensors[f"model.{name}"])
-    for name, parameter in model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if (value := tensors.get(f"optimizer.{name}.{key}")) is not None:
-                optimizer.state[parameter][key] = value.to(parameter.device)
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    vars(history).update(json.loads(about["history"]))
-    return len(history.steps)
-
-
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, each once: a tied head is the embedding."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    run.check_same(json.loads(about["run"]), _about(model, config), folder)
+    history = History(**json.loads(about["history"]))
+    number = len(history.steps) * config.accumulate - 1
+    stream = iter(batches(start=number))
+    again = next(stream, None)  # the last batch before the checkpoint
+    if again is None or digest(again) != about.get("batch"):
+        raise ValueError(
+            f"{folder} holds a run on other batches: batches(start={number}) does not begin with"
+            f" the batch number {number} that it read. Give batches of the same text, sizes and"
+            " seed, which begin with number `start`, or another folder"
+        )
+    run.restore(tensors, model, optimizer)
+    return history, stream
 
 
 def _about(model: Transformer, config: TrainingConfig) -> dict[str, Any]:
-    described = {"model": dataclasses.asdict(model.config), "training": dataclasses.asdict(config)}
-    return json.loads(json.dumps(described))  # tuples become lists, as in the file
-
-
-def _compare(kept: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
-    for part in ("model", "training"):
-        for name, value in asked[part].items():
-            if kept[part].get(name) != value:
-                raise ValueError(
-                    f"{folder} holds a run with {name}={kept[part].get(name)!r}, not {value!r}:"
-                    " give it another folder, or the same configuration"
-                )
+    """What a run must have in common with its checkpoint, as JSON has it; functions by name."""
+    about = dataclasses.asdict(model.config) | dataclasses.asdict(config)
+    losses = balance.resolve(config.balance).items()
+    about["balance"] = {name: coefficient for name, (_, coefficient) in losses}
+    return json.loads(json.dumps(about, default=lambda part: getattr(part, "__name__", str(part))))
 
 
 def _due(step: int, every: int, steps: int) -> bool:
-    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
+    return (step + 1) % (every or steps) == 0 or step + 1 == steps
 
 
 def _bar(first: int, steps: int, progress: bool) -> Any:
+    if not progress:
+        return nullcontext()
     from tqdm.auto import tqdm
 
-    return tqdm(initial=first, total=steps, unit="step", disable=not progress)
+    return tqdm(initial=first, total=steps, unit="step")

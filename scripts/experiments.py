@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tiny import WEIGHTS
+from tiny import MIX
 
 from moe_ref import Transformer, TransformerConfig, training
 from moe_ref.course import corpora
@@ -31,14 +31,12 @@ FILE = Path(__file__).parents[1] / "data" / "measurements" / "experiments.csv"
 DENSE = TransformerConfig(4096, 128, 3, 4, 256, n_kv_heads=2, tied=True)
 TRAINING = training.TrainingConfig(
     steps=400,
-    batch=16,
-    seq=128,
     warmup=40,
     balance={"switch": 0.01, "z": 0.001},
     evaluate_every=50,
-    evaluate_windows=8,
-    weights=WEIGHTS,
 )
+BATCH, SEQ = 16, 128
+WINDOWS = 8  # of each domain, that an evaluation reads
 
 
 def moe(n_experts: int, k: int = 2, d_ff: int = 128, d_shared: int = 0) -> TransformerConfig:
@@ -84,13 +82,11 @@ def carry_out(run: Run, steps: int) -> list[dict]:
     """Train one model and return its lines of the file."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
-    config = replace(TRAINING, steps=round(run.stretch * steps), seed=run.seed)
+    config = replace(TRAINING, steps=round(run.stretch * steps))
     model = Transformer(DENSE if run.start else run.config)
     switch = config.steps // 2 if run.start == "upcycled" else -1
     optimizer = training.make_optimizer(model, config)
-    data = corpora.batches(
-        some_documents(run.share), batch=16, seq=128, seed=run.seed, weights=config.weights
-    )
+    data = corpora.batches(some_documents(run.share), batch=BATCH, seq=SEQ, seed=run.seed, mix=MIX)
     lines, seconds = [], 0.0
     for step in range(config.steps):
         if step == switch:
@@ -103,13 +99,13 @@ def carry_out(run: Run, steps: int) -> list[dict]:
 
 
 def line(run: Run, step: int, seconds: float, model: Transformer) -> dict:
-    losses = training.evaluate(model, corpora.DOMAINS, limit=TRAINING.evaluate_windows)
+    losses = corpora.held_out_losses(model, corpora.DOMAINS, seq=SEQ, limit=WINDOWS)
     return {
         "experiment": run.experiment,
         "run": run.name,
         "seed": run.seed,
         "step": step,
-        "tokens": step * TRAINING.batch * TRAINING.seq,
+        "tokens": step * BATCH * SEQ,
         "seconds": round(seconds, 1),
         "loss": round(sum(losses.values()) / len(losses), 4),
         **{domain: round(loss, 4) for domain, loss in losses.items()},

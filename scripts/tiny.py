@@ -11,11 +11,13 @@ tokenizer, the history of the run as CSV, and a model card with held-out losses,
 import argparse
 import dataclasses
 import platform
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from moe_ref import Transformer, TransformerConfig, checkpoints, generation, training
+from moe_ref._files import write_text
 from moe_ref.course import corpora
 from moe_ref.telemetry import RoutingStats
 
@@ -28,18 +30,17 @@ MODELS = {
 # Large domains would drown the small ones by their size, and equal shares would read the small
 # ones a hundred times over: in between lies the square root of the size.
 DOMAINS = corpora.manifest()["domains"].items()
-WEIGHTS = {name: round(entry["tokens"] ** 0.5) for name, entry in DOMAINS}
+MIX = {name: round(entry["tokens"] ** 0.5) for name, entry in DOMAINS}
+SIZES = {"batch": 32, "seq": 128}
+WINDOWS = 16  # of each domain, that an evaluation during training reads
 # By then the smallest domain has been read sixteen times. In 2,000 steps both models learn the
 # small domains by heart, the MoE more than its twin: their held-out loss rises.
 TRAINING = training.TrainingConfig(
     steps=1200,
-    batch=32,
-    seq=128,
     warmup=100,
     balance={"switch": 0.01, "z": 0.001},
     evaluate_every=100,
     checkpoint_every=100,
-    weights=WEIGHTS,
 )
 # No space at the end: the token of a word begins with the space before it.
 PROMPTS = {
@@ -57,25 +58,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
     parser.add_argument("--steps", type=int, default=TRAINING.steps)
-    parser.add_argument("--seed", type=int, default=TRAINING.seed, help="of weights and data")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
     parser.add_argument("--folder", type=Path, default=DATA)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if unknown := set(options.models) - set(MODELS):
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(MODELS)}")
-    config = dataclasses.replace(TRAINING, steps=options.steps, seed=options.seed)
+    config = dataclasses.replace(TRAINING, steps=options.steps)
+    batches = partial(corpora.batches, corpora.DOMAINS, **SIZES, seed=options.seed, mix=MIX)
+    evaluate = partial(corpora.held_out_losses, domains=corpora.DOMAINS, **SIZES, limit=WINDOWS)
     for name in options.models:
         folder = options.folder / f"tiny-{name}"
         torch.manual_seed(options.seed)
         model = Transformer(MODELS[name]).to(options.device)
         run = Path("build") / f"tiny-{name}-{options.seed}-{options.steps}"
-        history = training.train(model, corpora.DOMAINS, config, folder=run)
+        history = training.train(model, batches, config, evaluate=evaluate, folder=run)
         tokenizer = corpora.data_file("tokenizer.json")
         checkpoints.save(model.cpu(), folder, dtype=torch.bfloat16, tokenizer=tokenizer)
         history.to_frame().to_csv(folder / "history.csv", index=False, float_format="%.5g")
-        history.by_domain().to_csv(folder / "held_out.csv", float_format="%.4f")
-        card = model_card(name, checkpoints.load(folder), config, history)
-        checkpoints.write_text(card, folder / "README.md")
+        history.held_out().to_csv(folder / "held_out.csv", float_format="%.4f")
+        card = model_card(name, checkpoints.load(folder), config, options.seed, history)
+        write_text(card, folder / "README.md")
         print(card)
 
 
@@ -83,13 +86,14 @@ def model_card(
     name: str,
     model: Transformer,
     config: training.TrainingConfig,
+    seed: int,
     history: training.History,
 ) -> str:
     """What the model is, how it was made, and what it can do, in Markdown."""
-    losses = training.evaluate(model, corpora.DOMAINS, batch=config.batch, seq=config.seq)
+    losses = corpora.held_out_losses(model, corpora.DOMAINS, **SIZES)
     stored = sum(parameter.numel() for parameter in model.parameters())
     seconds = sum(step["seconds"] for step in history.steps)
-    tokens = config.steps * config.batch * config.seq
+    tokens = config.steps * SIZES["batch"] * SIZES["seq"]
     lines = [
         f"# tiny-{name}",
         "",
@@ -97,7 +101,7 @@ def model_card(
         "`data/README.md` (`moe_ref.course.corpora`), by `python scripts/tiny.py " + name + "`.",
         "",
         f"- {model.config}",
-        f"- {config}",
+        *made_with(config, seed),
         f"- {tokens:,} tokens read, {seconds:,.0f} s of training steps; torch {torch.__version__},"
         f" {torch.get_num_threads()} threads, {platform.machine()}",
         "",
@@ -114,6 +118,12 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
+def made_with(config: training.TrainingConfig, seed: int) -> list[str]:
+    """Two lines of the card: how the model was trained, and on what."""
+    text = ", ".join(f"{name}={value}" for name, value in SIZES.items())
+    return [f"- {config}", f"- corpora.batches(corpora.DOMAINS, {text}, seed={seed}, mix={MIX})"]
+
+
 def mean(losses: dict[str, float]) -> float:
     return sum(losses.values()) / len(losses)
 
@@ -122,7 +132,7 @@ def mean(losses: dict[str, float]) -> float:
 def loads(model: Transformer) -> list[str]:
     """A table of the load of each expert, layer by layer, and how uneven it is."""
     layers = [RoutingStats(model.config.n_experts) for _ in model.blocks]
-    for batch in corpora.sweep(corpora.DOMAINS, batch=32, seq=128):
+    for batch in corpora.sweep(corpora.DOMAINS, **SIZES):
         for stats, routing in zip(layers, model(batch.inputs, mask=batch.mask).routings):
             stats.update(routing)
     experts = range(model.config.n_experts)

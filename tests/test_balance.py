@@ -16,9 +16,9 @@ from moe_ref import (
     SwitchRouter,
     TopKRouter,
     balance,
+    specification,
 )
 
-from . import specification
 from .tools import assert_close, make_layer, sizes
 
 LOSSES = {
@@ -94,13 +94,13 @@ def test_the_load_loss_pushes_tokens_towards_the_idle_where_counts_have_no_gradi
     router.weight.data[0] += 1
     x = torch.rand(200, 4)
     before = router(x)
-    assert before.load[0] > 0.5
+    assert before.load_share[0] > 0.5
     optimizer = torch.optim.SGD(router.parameters(), lr=0.6)
     for _ in range(15):
         optimizer.zero_grad()
         balance.load_loss(router(x)).backward()
         optimizer.step()
-    assert router(x).load.max() < 0.35
+    assert router(x).load_share.max() < 0.35
 
 
 @pytest.mark.parametrize("size", [-20.0, -60.0, -200.0])
@@ -215,6 +215,36 @@ def test_losses_refuse_what_they_cannot_grade():
         balance.sequence_loss(routing, seq=3)
 
 
+@pytest.mark.parametrize("name", balance.LOSSES)
+def test_every_loss_of_the_registry_is_called_alike_and_only_one_goes_by_sequences(name):
+    torch.manual_seed(0)
+    routing, loss = NoisyTopKRouter(4, 6, 2)(torch.randn(12, 4)), balance.LOSSES[name]
+    assert isinstance(loss, balance.BalanceLoss)
+    assert loss(routing, seq=None).equal(loss(routing))
+    assert loss(routing, seq=4).equal(loss(routing)) == (name != "sequence")
+
+
+def test_sums_are_taken_over_all_layers_for_each_loss_by_itself():
+    torch.manual_seed(0)
+    routings = [TopKRouter(4, 6, 2)(torch.randn(12, 4)) for _ in range(3)]
+
+    def first(routing, *, seq=None):
+        return routing.scores[0, 0] * seq
+
+    losses = balance.resolve({"sequence": 0.1, first: 7.0})
+    found = balance.sums(losses, routings, seq=4)
+    assert list(found) == ["sequence", "first"]
+    torch.testing.assert_close(
+        found["sequence"], sum(balance.sequence_loss(routing, seq=4) for routing in routings)
+    )
+    torch.testing.assert_close(found["first"], 4 * sum(r.scores[0, 0] for r in routings))
+    assert {name: coefficient for name, (_, coefficient) in losses.items()} == {
+        "sequence": 0.1,
+        "first": 7.0,
+    }
+    assert balance.sums(losses, [], seq=4) == {}
+
+
 # ----------------------------------------------------------------------------- bias update
 
 
@@ -255,10 +285,10 @@ def test_repeated_updates_bring_a_skewed_router_to_balance_without_touching_its_
     router = TopKRouter(8, 8, 2, score="sigmoid", selection_bias=True)
     x = torch.randn(256, 8) + 1.5
     weight = router.weight.clone()
-    first = router(x).load
+    first = router(x).load_share
     for _ in range(200):
         balance.update_bias(router, router(x), 4e-3)
-    last = router(x).load
+    last = router(x).load_share
     assert first.max() > 0.3 and first.min() < 0.02
     assert last.max() < 0.14 and last.min() > 0.11
     assert router.weight.equal(weight)

@@ -13,11 +13,10 @@ from moe_ref import (
     MoELayer,
     SwitchRouter,
     TopKRouter,
+    specification,
 )
 
-from . import specification
-from .specification import assert_decided, weight_gradients
-from .tools import assert_close, gradients, make_layer, sizes
+from .tools import assert_close, assert_decided, gradients, make_layer, sizes, weight_gradients
 
 PRIORITIES = ["choice", "position", "score"]
 OVERFLOWS = ["drop", "reroute"]
@@ -96,7 +95,7 @@ def test_whatever_happens_the_books_balance(overflow, shape, factor, priority, s
     assert (routing.weights[routing.experts == shape[1]] == 0).all()
     for kept in ("demand", "logits", "scores", "mask"):
         assert getattr(routing, kept) is getattr(free, kept)
-    assert routing.requests.equal(free.experts)
+    assert routing.asked.equal(free.experts)
     assert (routing.experts[~mask] == shape[1]).all()
     undisturbed = routing.experts == free.experts
     assert routing.weights[undisturbed].equal(free.weights[undisturbed])
@@ -202,7 +201,7 @@ def test_applying_the_same_rule_again_changes_nothing(overflow, priority):
     capacity = Capacity(1.0, overflow=overflow, priority=priority)
     once = capacity(router(x, mask=mask))
     twice = capacity(once)
-    assert twice.experts.equal(once.experts) and twice.requests.equal(once.requests)
+    assert twice.experts.equal(once.experts) and twice.asked.equal(once.asked)
 
 
 @pytest.mark.parametrize("make", [SwitchRouter, GShardRouter])

@@ -67,7 +67,9 @@ def test_the_gradient_of_combine_reaches_rows_and_weights():
     leaf = type(routing)(**{**vars(routing), "weights": weights})
     d_rows, d_weights = gradients(dispatch.combine(rows, plan, leaf), rows, weights)
     torch.manual_seed(1)
-    out = torch.randn_like(x)  # the gradient that arrives, as in `gradients`
+    out = torch.randn(x.shape, dtype=torch.float64).to(
+        x
+    )  # the gradient that arrives, as in `gradients`
     flat = weights.flatten()[plan.order]
     torch.testing.assert_close(d_rows, out[plan.tokens] * flat[:, None])
     torch.testing.assert_close(
@@ -132,7 +134,7 @@ def test_the_einsum_is_the_sorted_path_forward_and_backward(shape, bias, seed):
         plan = dispatch.plan(routing)
         rows = experts(dispatch.permute(x, plan), plan.counts)
         by_rows = dispatch.combine(rows, plan, routing)
-        by_einsum = dispatch.by_einsum(x, routing, experts)
+        by_einsum = dispatch.one_hot_einsum(x, routing, experts)
         assert_close(by_einsum, by_rows)
         leaves = [x, router.weight, *experts.parameters()]
         pairs = []
@@ -149,5 +151,5 @@ def test_the_einsum_is_the_sorted_path_forward_and_backward(shape, bias, seed):
 def test_the_einsum_gives_nothing_for_no_tokens_and_for_nothing_but_padding():
     router, experts = TopKRouter(4, 3, 2), Experts(3, 4, 8, bias=True)
     for x, mask in [(torch.zeros(0, 4), None), (torch.randn(5, 4), torch.zeros(5).bool())]:
-        y = dispatch.by_einsum(x, router(x, mask=mask), experts)
+        y = dispatch.one_hot_einsum(x, router(x, mask=mask), experts)
         assert y.shape == x.shape and not y.any()

@@ -13,12 +13,12 @@ def test_outputs_and_gradients_are_those_of_the_specification(activation, tokens
     torch.manual_seed(0)
     ffn = FeedForward(6, 10, activation=activation)
     x = torch.randn(tokens, 6, requires_grad=True)
-    into, down = parameters(ffn)
-    naive = [specification.feed_forward(token, into, down, activation) for token in x]
+    up, down = parameters(ffn)
+    naive = [specification.feed_forward(token, up, down, activation) for token in x]
     expected = torch.stack(naive) if naive else torch.zeros(0, 6)
     assert_close(ffn(x), expected)
     if naive:
-        pairs = zip(gradients(ffn(x), x, into, down), gradients(expected, x, into, down))
+        pairs = zip(gradients(ffn(x), x, up, down), gradients(expected, x, up, down))
         for ours, theirs in pairs:
             assert_close(ours, theirs)
 

@@ -1,5 +1,6 @@
 import dataclasses
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -73,6 +74,22 @@ def test_top_p_draws_only_from_the_smallest_set_that_fills_it(seed, top_p):
     assert set(drawn.tolist()) <= nucleus
 
 
+@pytest.mark.parametrize(
+    ("shares", "top_p", "nucleus"),
+    [
+        ([0.5, 0.25, 0.25], 0.5, {0}),
+        ([0.5, 0.25, 0.25], 0.75, {0, 1}),
+        ([0.25, 0.25, 0.25, 0.25], 0.75, {0, 1, 2}),
+        ([0.5, 0.5, 0.0], 0.5, {0}),
+    ],
+)
+def test_a_nucleus_that_fills_top_p_exactly_takes_no_further_token(shares, top_p, nucleus):
+    logits = torch.tensor([shares]).log()
+    assert logits.softmax(dim=-1).tolist() == [shares]
+    drawn = sample(logits.expand(500, -1), 1.0, top_p, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == nucleus
+
+
 def test_a_sequence_that_stopped_repeats_the_stop_and_all_stopped_end_the_stream():
     model = build()
     free = generate(model, PROMPT, 6)[:, 4:]
@@ -98,6 +115,13 @@ def test_noisy_models_generate_as_in_evaluation_and_stay_in_their_mode():
     assert torch.equal(text, generate(model.eval(), PROMPT, 6))
 
 
+def test_a_model_that_fails_in_a_step_stays_in_its_mode():
+    model = build().train()
+    with pytest.raises(ValueError, match="token 77 is not one of vocab_size=50"):
+        generate(model, torch.full((1, 2), 77), 3)
+    assert all(module.training for module in model.modules())
+
+
 def test_expert_choice_is_refused_with_the_reason():
     model = build(dataclasses.replace(CONFIG, router="expert_choice"))
     with pytest.raises(ValueError, match="ExpertChoiceRouter is not causal: which experts"):
@@ -112,9 +136,27 @@ def test_expert_choice_is_refused_with_the_reason():
         ({"temperature": float("nan")}, "temperature=nan must be 0 or more"),
         ({"top_p": 0.0}, "top_p=0.0 is not more than 0 and at most 1"),
         ({"prompt": PROMPT[:, :0]}, "the prompt is empty"),
+        ({"prompt": PROMPT[:0]}, "the prompt is empty"),
+        (
+            {"prompt": "text"},
+            r"prompt='text' is a str: token ids are wanted, a tensor of integers \[",
+        ),
+        ({"prompt": "text"}, "Encode text with a tokenizer first"),
+        ({"prompt": "long " * 99}, r"prompt='long long .{,20}' is a str"),
+        ({"prompt": [[3, 1]]}, r"prompt=\[\[3, 1\]\] is a list: token ids are wanted"),
+        (
+            {"prompt": PROMPT[0]},
+            r"prompt holds torch.int64 with shape \[4\]: .* prompt\[None\] makes",
+        ),
+        ({"prompt": PROMPT.float()}, "prompt holds torch.float32 with .* a tensor of integers"),
+        ({"length": 5.0}, "length=5.0 is a float: give an int, 1 or more"),
+        ({"length": "5"}, "length='5' is a str: give an int"),
     ],
 )
-def test_impossible_arguments_are_refused_by_name(options, message):
+def test_impossible_arguments_are_refused_by_name_at_once(options, message, monkeypatch):
+    # As for users: the suite's own checks of types would speak up before the library does.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     arguments = {"prompt": PROMPT, "length": 3} | options
-    with pytest.raises(ValueError, match=message):
-        generate(build(), **arguments)
+    for function in (generate, stream):
+        with pytest.raises(ValueError, match=message):
+            function(build(), **arguments)

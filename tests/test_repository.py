@@ -1,5 +1,6 @@
 """What the repository says about itself: set-up, commands, README, and what an install brings."""
 
+import ast
 import os
 import re
 import subprocess
@@ -7,13 +8,19 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import moe_ref
+
+from .floors import Floors, file_of, modules
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -175,19 +182,22 @@ def test_the_table_of_notebooks_is_the_notebooks_that_exist():
     assert listed == found
 
 
+def floors() -> Floors:
+    """The map of the library: for each file of `moe_ref` its floor, or where else it stands."""
+    table = {file.strip("`"): floor for floor, file, _ in rows("The library")}
+    return {file: int(floor) if floor.isdigit() else floor for file, floor in table.items()}
+
+
 def test_the_map_of_the_library_is_the_files_that_exist():
-    listed = [file.strip("`") for _, file, _ in rows("The library")]
-    found = [p.relative_to(ROOT / "moe_ref") for p in ROOT.glob("moe_ref/**/*.py")]
-    assert sorted(listed) == sorted(str(p) for p in found if p.name != "__init__.py")
-
-
-def test_a_module_imports_only_from_floors_below_its_own():
-    floors = {file.strip("`"): floor for floor, file, _ in rows("The library")}
-    building = {file: int(floor) for file, floor in floors.items() if floor != "side"}
-    for file, floor in building.items():
-        source = (ROOT / "moe_ref" / file).read_text()
-        for name in re.findall(r"^\s*from \.(\w+) import", source, re.MULTILINE):
-            assert building[f"{name}.py"] < floor, f"{file} imports {name}"
+    """A package is on the map by its files, and by itself if it defines something."""
+    found = set()
+    for name, path in modules(ROOT).items():
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        defines = any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in body)
+        if path.name != "__init__.py" or defines:
+            found.add(file_of(name, path))
+    assert set(floors()) == found
+    assert {floor for floor in floors().values() if isinstance(floor, str)} == {"under", "beside"}
 
 
 def test_the_example_in_the_readme_runs():
@@ -202,45 +212,130 @@ def test_links_in_the_readme_lead_somewhere():
 
 # ------------------------------------------------------------------------------ what is installed
 
-BLOCK = """
+ALONE = """
 import sys
-class Block:
+from importlib.machinery import PathFinder
+class Alone:
+    allowed, finders = {packages} | set(sys.stdlib_module_names), list(sys.meta_path)
+    find_distributions = staticmethod(PathFinder.find_distributions)
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {blocked}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Block())
+        found = self.finders if name.split(".")[0] in self.allowed else []
+        return next(filter(None, (f.find_spec(name, path, target) for f in found)), None)
+sys.meta_path[:] = [Alone()]
 """
 
 
-def test_importing_the_library_needs_none_of_the_course():
-    blocked = {r.name for r in requirements("course", "test")} - CORE - {"networkx", "sympy"}
-    blocked |= {"IPython", "jupyter_client", "pandas", "sklearn", "traitlets", "yaml", "PIL"}
-    code = BLOCK.format(blocked=blocked) + (
+def alone() -> str:
+    """Code after which only the core dependencies, and what they depend on, can be imported."""
+    wanted, queue = set(), [requirement.name for requirement in requirements()]
+    while queue:
+        name = canonicalize_name(queue.pop())
+        if name not in wanted:
+            wanted.add(name)
+            needed = map(Requirement, metadata.distribution(name).requires or ())
+            queue += [r.name for r in needed if not r.marker or r.marker.evaluate({"extra": ""})]
+    packages = {
+        package
+        for package, names in metadata.packages_distributions().items()
+        if wanted & {canonicalize_name(name) for name in names}
+    }
+    return ALONE.format(packages=packages | {"moe_ref"})
+
+
+def test_importing_the_library_needs_its_core_dependencies_only():
+    code = alone() + (
         "import moe_ref\n"
-        "from moe_ref.course import exercises, lesson\n"
-        "print(sorted({'tokenizers', 'safetensors', 'matplotlib'} & set(sys.modules)))"
+        "print(sorted({'tokenizers', 'safetensors', 'pandas'} & set(sys.modules)))\n"
+        "print([name for name in sys.modules if name.startswith('moe_ref.course')])\n"
+        "from moe_ref import checkpoints, generation, telemetry, training\n"
+        "from moe_ref.course import corpora, exercises, lesson\n"
+        "try:\n"
+        "    from moe_ref.course import figures\n"
+        "except ModuleNotFoundError as error:\n"
+        "    print(error.name)\n"
     )
-    assert run_python(code).strip() == "[]"
+    assert run_python(code).splitlines() == ["[]", "[]", "matplotlib"]
 
 
-def test_the_wheel_holds_the_library_with_its_data_and_imports_from_anywhere(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*command, "-w", tmp_path, ROOT], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        archive.extractall(tmp_path / "site")
-    expected = {f"moe_ref/{p.relative_to(ROOT / 'moe_ref')}" for p in ROOT.glob("moe_ref/**/*.py")}
-    expected |= {f"moe_ref/{p.relative_to(ROOT)}" for p in ROOT.glob("data/**/*") if p.is_file()}
-    assert names == expected | {"moe_ref/py.typed"}
+def test_every_module_is_there_on_first_use_and_in_dir():
+    names = {name for name in modules(ROOT) if not re.search(r"\._", name)} - {"moe_ref"}
+    parts = {name.split(".")[1] for name in names}
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import moe_ref; from moe_ref.course import corpora\n"
-        "print(moe_ref.__file__, corpora.tokenizer().get_vocab_size())"
+        "import sys, moe_ref\n"
+        "before = {name for name in sys.modules if name.startswith('moe_ref.')}\n"
+        "listed = dir(moe_ref)\n"
+        "import types\n"
+        "found = [n for n in listed if isinstance(getattr(moe_ref, n), types.ModuleType)]\n"
+        "print([name for name in found if not name.startswith('_')])\n"
+        "print(sorted(before))\n"
+        "print(dir(moe_ref.course))\n"
     )
-    file, entries = run_python(code, cwd=tmp_path, isolated=True).split()
+    listed, before, rooms = map(ast.literal_eval, run_python(code).splitlines())
+    assert set(listed) == parts
+    at_once = ["capacity", "experts", "ffn", "layer", "model", "routers", "routing"]
+    assert {f"moe_ref.{name}" for name in at_once} <= set(before)
+    late = {"checkpoints", "course", "generation", "specification", "telemetry", "training"}
+    assert not {f"moe_ref.{name}" for name in late} & set(before)
+    assert {"corpora", "exercises", "figures", "lesson"} <= set(rooms)
+
+
+def test_a_name_that_is_no_part_of_the_package_is_named():
+    with pytest.raises(AttributeError, match="module 'moe_ref' has no attribute 'kernel_of_truth'"):
+        _ = moe_ref.kernel_of_truth
+    with pytest.raises(AttributeError, match="has no attribute '__wrapped__'"):
+        _ = moe_ref.__wrapped__
+    with pytest.raises(ImportError, match="cannot import name 'tables'"):
+        from moe_ref.course import tables  # noqa: F401
+
+
+def test_the_version_is_that_of_the_project_or_unknown():
+    assert moe_ref.__version__ == PROJECT["version"]
+    code = (
+        "from importlib import metadata\n"
+        "find = metadata.distribution\n"
+        "metadata.distribution = lambda name: find(name if name != 'moe_ref' else 'nothing')\n"
+        "import moe_ref; print(moe_ref.__version__)"
+    )
+    assert run_python(code) == "unknown\n"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*command, "-w", folder, ROOT], check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def test_the_wheel_holds_the_library_and_the_data_of_the_course_and_imports_from_anywhere(
+    wheel, tmp_path
+):
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    expected = {f"moe_ref/{p.relative_to(ROOT / 'moe_ref')}" for p in ROOT.glob("moe_ref/**/*.py")}
+    data = {"incidents.txt", "manifest.json", "tokenizer.json"}
+    assert names == expected | {"moe_ref/py.typed"} | {f"moe_ref/data/{name}" for name in data}
+    assert sum(file.compress_size for file in wheel.infolist()) < 300_000
+    wheel.extractall(tmp_path / "site")
+    code = alone() + (
+        f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import moe_ref; from moe_ref.course import corpora\n"
+        "print(moe_ref.__file__, moe_ref.__version__, corpora.tokenizer().get_vocab_size())\n"
+        "print(len(corpora.documents('incidents')), corpora.manifest()['domains'].keys())\n"
+        "print('data' in dir(moe_ref))\n"
+        "try:\n"
+        "    corpora.data_file('tiny-moe')\n"
+        "except FileNotFoundError as error:\n"
+        "    print(error)\n"
+    )
+    first, second, third, last = run_python(code, cwd=tmp_path, isolated=True).splitlines()
+    file, version, entries = first.split()
     assert Path(file).is_relative_to(tmp_path)
+    assert version == PROJECT["version"]
     assert entries == "4096"
+    assert second.startswith("2000 ") and third == "False"
+    assert "a trained model: clone the repository" in last
 
 
 # ------------------------------------------------------------------------------------- manners

@@ -14,11 +14,10 @@ from moe_ref import (
     NoisyTopKRouter,
     SwitchRouter,
     TopKRouter,
+    specification,
 )
 
-from . import specification
-from .specification import assert_decided, weight_gradients
-from .tools import assert_close, sizes
+from .tools import assert_close, assert_decided, sizes, weight_gradients
 
 
 def agrees(router, x, decide, mask=None):

@@ -10,10 +10,18 @@ from moe_ref import (
     NoisyTopKRouter,
     SwitchRouter,
     TopKRouter,
+    specification,
 )
-from moe_ref.specification import route
 
 from .tools import assert_close, sizes
+
+LEARNED = {
+    "top-k": lambda: TopKRouter(4, 6, 2, score="sigmoid", selection_bias=True),
+    "noisy": lambda: NoisyTopKRouter(4, 6, 2),
+    "switch": lambda: SwitchRouter(4, 6, jitter=0.3),
+    "gshard": lambda: GShardRouter(4, 6),
+    "expert choice": lambda: ExpertChoiceRouter(4, 6, 2),
+}
 
 
 def certain(scores: list[list[float]], k: int, **options):
@@ -31,8 +39,8 @@ def test_experts_and_weights_are_those_of_the_specification(shape, renormalize, 
     router = TopKRouter(5, n_experts, k, renormalize=renormalize)
     x = torch.randn(tokens, 5)
     routing = router(x)
-    for t in range(tokens):
-        pairs = route(x[t], router.weight, k, renormalize)
+    decision = specification.top_k(x, router.weight, k, renormalize=renormalize)
+    for t, pairs in enumerate(decision.slots):
         assert routing.experts[t].tolist() == [expert for expert, _ in pairs]
         assert_close(routing.weights[t], torch.stack([weight for _, weight in pairs]))
 
@@ -98,14 +106,24 @@ def test_padding_is_neither_routed_nor_counted_even_if_it_holds_nan():
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_arithmetic_is_float32_whatever_the_dtype_of_the_model(dtype):
+def test_arithmetic_is_float32_at_least_whatever_the_dtype_of_the_model(name, dtype):
     torch.manual_seed(0)
-    router = TopKRouter(16, 8, 2).to(dtype)
-    x = torch.randn(50, 16).to(dtype)
+    router = LEARNED[name]().eval().to(dtype)
+    x = torch.randn(50, 4).to(dtype)
     routing = router(x)
-    assert routing.logits.dtype == routing.weights.dtype == routing.scores.dtype == torch.float32
-    assert routing.logits.equal(x.float() @ router.weight.float().T)
+    exact = torch.promote_types(dtype, torch.float32)
+    assert {routing.logits.dtype, routing.weights.dtype, routing.scores.dtype} == {exact}
+    assert routing.logits.equal(x.to(exact) @ router.weight.to(exact).T)
+
+
+def test_logits_that_differ_in_the_tenth_digit_are_told_apart_in_float64():
+    router = TopKRouter(2, 3, 1).double()
+    with torch.no_grad():
+        rows = torch.tensor([[1, 0], [1 + 1e-10, 0], [1 + 1e-12, 0]], dtype=torch.float64)
+        router.weight.copy_(rows)
+    assert router(torch.ones(1, 2, dtype=torch.float64)).experts.tolist() == [[1]]
 
 
 def test_autocast_changes_nothing():
@@ -141,13 +159,6 @@ def test_impossible_sizes_are_refused_by_name(arguments, message):
 
 # -------------------------------------------------------------------------- what all share
 
-LEARNED = {
-    "top-k": lambda: TopKRouter(4, 6, 2, score="sigmoid", selection_bias=True),
-    "noisy": lambda: NoisyTopKRouter(4, 6, 2),
-    "switch": lambda: SwitchRouter(4, 6, jitter=0.3),
-    "gshard": lambda: GShardRouter(4, 6),
-    "expert choice": lambda: ExpertChoiceRouter(4, 6, 2),
-}
 RANDOM = ["noisy", "switch", "gshard"]
 
 

@@ -35,7 +35,7 @@ def test_overflow_is_demand_not_served_and_never_negative():
 
 def test_load_is_the_share_of_all_assignments_and_sums_to_one():
     routing = decision([[0, 1], [0, 2]], n_experts=4)
-    assert routing.load.tolist() == [0.5, 0.25, 0.25, 0]
+    assert routing.load_share.tolist() == [0.5, 0.25, 0.25, 0]
 
 
 def test_entropy_is_log_n_for_equal_scores_and_zero_for_a_certain_router():
@@ -55,7 +55,7 @@ def test_entropy_does_not_count_padding():
 def test_no_tokens_give_zeros_and_not_nan():
     routing = TopKRouter(4, 3, 2)(torch.zeros(0, 4))
     assert routing.counts.tolist() == [0, 0, 0]
-    assert routing.load.tolist() == [0, 0, 0]
+    assert routing.load_share.tolist() == [0, 0, 0]
     assert routing.dropped_fraction.item() == 0
     assert routing.entropy.item() == 0
 

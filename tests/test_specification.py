@@ -13,12 +13,12 @@ def test_activations_are_those_of_their_definitions_at_known_points():
     assert specification.relu(torch.tensor([-1.0, 0.0, 2.0])).tolist() == [0, 0, 2]
 
 
-def test_route_gives_the_worked_token_its_experts_and_weights():
-    scores = torch.tensor([0.05, 0.61, 0.09, 0.25])
-    pairs = specification.route(scores.log(), torch.eye(4), k=2)
+def test_top_k_gives_the_worked_token_its_experts_and_weights():
+    scores = torch.tensor([[0.05, 0.61, 0.09, 0.25]])
+    (pairs,) = specification.top_k(scores.log(), torch.eye(4), k=2).slots
     assert [expert for expert, _ in pairs] == [1, 3]
     assert [weight.item() for _, weight in pairs] == pytest.approx([0.61 / 0.86, 0.25 / 0.86])
-    raw = specification.route(scores.log(), torch.eye(4), k=1, renormalize=False)
+    (raw,) = specification.top_k(scores.log(), torch.eye(4), k=1, renormalize=False).slots
     assert [(expert, weight.item()) for expert, weight in raw] == [(1, pytest.approx(0.61))]
 
 
@@ -28,7 +28,8 @@ def test_largest_gives_ties_to_the_lower_index():
 
 def test_a_layer_of_identical_experts_is_the_dense_block_whatever_the_router():
     torch.manual_seed(0)
-    x, into, down = torch.randn(5, 4), torch.randn(6, 4), torch.randn(4, 3)
-    y = specification.moe(x, torch.randn(7, 4), into.expand(7, 6, 4), down.expand(7, 4, 3), k=3)
-    dense = torch.stack([specification.feed_forward(token, into, down) for token in x])
+    x, up, down = torch.randn(5, 4), torch.randn(6, 4), torch.randn(4, 3)
+    decision = specification.top_k(x, torch.randn(7, 4), k=3)
+    y = specification.moe(x, decision, up.expand(7, 6, 4), down.expand(7, 4, 3))
+    dense = torch.stack([specification.feed_forward(token, up, down) for token in x])
     torch.testing.assert_close(y, dense)

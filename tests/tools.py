@@ -1,10 +1,13 @@
-"""What several test files need: a measure of closeness, gradients, and layers of random shape."""
+"""What several test files need: measures of closeness, gradients, and layers of random shape."""
+
+from collections.abc import Sequence
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moe_ref import Experts, FeedForward, MoELayer, TopKRouter
+from moe_ref.specification import Decision
 
 
 def assert_close(
@@ -25,7 +28,7 @@ def assert_close(
 def gradients(y: Tensor, *leaves: Tensor) -> list[Tensor]:
     """d(loss)/d(leaf) for a loss that weighs every output differently; None becomes zeros."""
     torch.manual_seed(1)
-    loss = (y * torch.randn_like(y)).sum()
+    loss = (y * torch.randn(y.shape, dtype=torch.float64).to(y)).sum()  # the same for every dtype
     return list(torch.autograd.grad(loss, leaves, materialize_grads=True))
 
 
@@ -58,3 +61,35 @@ def sizes(draw: st.DrawFn) -> tuple[int, int, int]:
     """(tokens, n_experts, k), with no token, one token, one expert and k = n_experts among them."""
     n_experts = draw(st.integers(1, 9))
     return draw(st.integers(0, 17)), n_experts, draw(st.integers(1, n_experts))
+
+
+def assert_decided(routing, decision: Decision, *, demand: list[int] | None = None) -> None:
+    """Same experts in the same slots, same weights, logits, scores and demand."""
+    assert len(routing.experts) == len(decision.slots)
+    nobody = (decision.n_experts, torch.zeros(()))
+    width = routing.experts.shape[1]
+    full = [slots + [nobody] * (width - len(slots)) for slots in decision.slots]
+    assert routing.experts.tolist() == [[expert for expert, _ in slots] for slots in full]
+    assert routing.demand.tolist() == (decision.demand if demand is None else demand)
+    assert routing.mask.tolist() == decision.mask
+    for t in decision.real:
+        assert_close(routing.weights[t], torch.stack([w for _, w in full[t]]))
+        assert_close(routing.logits[t], decision.logits[t])
+        assert_close(routing.scores[t], decision.scores[t])
+
+
+def weight_gradients(routing, decision: Decision, leaves: Sequence[Tensor]):
+    """Gradients of one weighted sum of all slot weights: of the routing, and of the decision."""
+    torch.manual_seed(1)
+    factors = torch.randn_like(routing.weights)
+    ours = (routing.weights * factors).sum()
+    theirs = sum(
+        (
+            factors[t, s] * weight
+            for t, slots in enumerate(decision.slots)
+            for s, (_, weight) in enumerate(slots)
+        ),
+        start=torch.zeros(()),
+    )
+    ours, theirs = (value + 0 * sum(leaf.sum() for leaf in leaves) for value in (ours, theirs))
+    return torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves)

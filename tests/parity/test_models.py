@@ -62,7 +62,7 @@ def fused_names(config):
     """The parameter of transformers' model in memory, where experts are stacked, and ours."""
     stacked = {".0.w1.weight": ".gate_up_proj", ".0.w2.weight": ".down_proj"}
     names = {}
-    for theirs, (ours, index) in checkpoints.layout(config).items():
+    for theirs, (ours, index) in checkpoints.mixtral.layout(config).items():
         theirs = theirs.replace("block_sparse_moe", "mlp")
         for first, all_of_them in stacked.items():
             if theirs.endswith(f"experts{first}"):

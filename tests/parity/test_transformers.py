@@ -6,7 +6,7 @@ Disagreements of transformers with the papers, or with itself, are recorded at t
 import pytest
 import torch
 
-from tests import specification
+from moe_ref import specification
 from tests.tools import assert_close, gradients
 
 from . import blocks

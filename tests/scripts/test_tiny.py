@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_ref import Transformer, checkpoints, training
+from moe_ref import Transformer, checkpoints
 from moe_ref.course import corpora
 from moe_ref.telemetry import RoutingStats
 
@@ -43,8 +43,9 @@ def test_a_model_has_the_shape_its_command_gives_it_and_takes_at_most_twelve_meg
 def test_both_models_multiply_each_token_by_as_many_weights_and_saw_the_same_batches():
     moe, dense = TINY["MODELS"]["moe"], TINY["MODELS"]["dense"]
     assert moe.k * moe.d_ff == dense.d_ff
-    runs = [re.search(r"^- TrainingConfig\(.*\)$", card(name), re.MULTILINE) for name in NAMES]
-    assert runs[0].group() == runs[1].group() == f"- {TINY['TRAINING']}"
+    made = r"^- (?:TrainingConfig|corpora\.batches)\(.*\)$"
+    runs = [re.findall(made, card(name), re.MULTILINE) for name in NAMES]
+    assert runs[0] == runs[1] == TINY["made_with"](TINY["TRAINING"], seed=0)
 
 
 @each
@@ -64,7 +65,7 @@ def test_transformers_loads_model_and_tokenizer_and_gives_the_same_logits(name):
 def test_the_card_holds_the_held_out_losses_of_the_stored_weights(name):
     rows = re.findall(r"^\| (.*) \|$", card(name), re.MULTILINE)
     table = dict(zip(rows[0].split(" | "), map(float, rows[1].split(" | ")), strict=True))
-    losses = training.evaluate(model(name), corpora.DOMAINS, batch=32, seq=128)
+    losses = corpora.held_out_losses(model(name), corpora.DOMAINS, **TINY["SIZES"])
     assert table.pop("mean") == pytest.approx(sum(losses.values()) / len(losses), abs=2e-3)
     assert table == pytest.approx(losses, abs=2e-3)
 
@@ -77,7 +78,7 @@ def test_the_history_has_every_step_and_ends_with_the_losses_of_the_stored_weigh
     held_out = pd.read_csv(DATA / f"tiny-{name}" / "held_out.csv", index_col="step")
     assert list(held_out.index) == list(range(100, steps + 1, 100))
     # But for the rounding to bfloat16 the stored weights are those of the last evaluation.
-    again = training.evaluate(model(name), corpora.DOMAINS, limit=TINY["TRAINING"].evaluate_windows)
+    again = corpora.held_out_losses(model(name), corpora.DOMAINS, limit=TINY["WINDOWS"])
     assert held_out.iloc[-1].to_dict() == pytest.approx(again, abs=0.02)
 
 

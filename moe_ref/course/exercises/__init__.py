@@ -4,7 +4,7 @@ A check takes the reader's function, tries it on small cases first (ties, idle e
 every expert chosen), and prints a verdict or raises with the first case it gets wrong.
 """
 
-from .nb00 import load
+from .nb00 import expert_counts
 from .nb01 import balance_tokens, ffn_cost, swiglu
 from .nb02 import moe_forward, parameter_count, top_k_routing
 from .nb03 import expert_choice, group_limited
@@ -25,9 +25,9 @@ __all__ = [
     "combine",
     "drop_overflow",
     "expert_choice",
+    "expert_counts",
     "ffn_cost",
     "group_limited",
-    "load",
     "moe_forward",
     "multi_gate",
     "mutual_information",

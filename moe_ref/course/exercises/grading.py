@@ -62,6 +62,7 @@ def _copy(value: Any) -> Any:
 
 
 def normal(*shape: int) -> Tensor:
+    """Standard normal numbers of this shape."""
     return torch.randn(shape)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from .grading import distinct, grade
 
 
-def load(attempt: Callable) -> None:
-    """Exercise of 00: load(experts [tokens, k], n_experts) -> tokens at each expert [n_experts]."""
+def expert_counts(attempt: Callable) -> None:
+    """Exercise of 00: expert_counts(experts [tokens, k], n_experts) -> tokens of each expert."""
 
     def specification(experts: Tensor, n_experts: int) -> Tensor:
         flat = experts.flatten().tolist()

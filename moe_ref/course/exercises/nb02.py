@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...specification import moe, route
+from ...specification import moe, top_k
 from .grading import grade, normal
 
 
@@ -14,10 +14,9 @@ def top_k_routing(attempt: Callable) -> None:
     """Exercise of 02: top_k_routing(logits, k, renormalize) -> (experts, weights) [tokens, k]."""
 
     def specification(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-        identity = torch.eye(logits.shape[1])
-        pairs = [list(zip(*route(token, identity, k, renormalize))) for token in logits]
-        experts = torch.tensor([chosen for chosen, _ in pairs])
-        return experts, torch.stack([torch.stack(weights) for _, weights in pairs])
+        slots = top_k(logits, torch.eye(logits.shape[1]), k, renormalize=renormalize).slots
+        experts = torch.tensor([[expert for expert, _ in token] for token in slots])
+        return experts, torch.stack([torch.stack([w for _, w in token]) for token in slots])
 
     def cases() -> Iterator[dict[str, Any]]:
         for tokens, n_experts, k in [(1, 1, 1), (1, 3, 2), (2, 4, 1), (3, 4, 4), (4, 8, 3)]:
@@ -35,7 +34,7 @@ def moe_forward(attempt: Callable) -> None:
     """Exercise of 02: moe_forward(x, router, gate_up, down, k) -> [tokens, d_model]."""
 
     def specification(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, k: int) -> Tensor:
-        return moe(x, router, gate_up, down, k=k)
+        return moe(x, top_k(x, router, k), gate_up, down)
 
     def cases() -> Iterator[dict[str, Any]]:
         sizes = [

@@ -58,18 +58,6 @@ _LICENCES = {
 }
 
 
-def data_file(name: str) -> Path:
-    """Where a file or folder of `data/` is: in an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[2]
-    for place in (package / "data", package.parent / "data"):
-        if (place / name).exists():
-            return place / name
-    raise FileNotFoundError(
-        f"data file {name!r} is neither in {package / 'data'} nor in {package.parent / 'data'};"
-        " install moe_ref from its wheel or run it from a checkout"
-    )
-
-
 def assemble(domain: str) -> tuple[str, ...]:
     """The documents of a domain of `SOURCES`, without duplicates.
 

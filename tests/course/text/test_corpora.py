@@ -18,9 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_ref import Transformer, TransformerConfig
 from moe_ref.course import corpora
+from moe_ref.course.text import data, sources
 from moe_ref.course.text import incidents as incidents_module
-from moe_ref.course.text import sources
 
 SMALL = ("french", "russian", "japanese", "chinese")
 
@@ -389,10 +390,22 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-def test_a_data_file_that_is_nowhere_is_named():
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("nothing.bin", "install moe_ref again, or clone the repository"),
+        ("tiny-moe", "is a trained model: clone the repository.*`python scripts/tiny.py`"),
+        ("tiny-dense/held_out.csv", "is a trained model: clone the repository"),
+        ("measurements/experiments.csv", "trainings of the course measured: clone the repository"),
+    ],
+)
+def test_a_missing_data_file_is_named_with_what_it_is_and_how_to_get_it(
+    name, remedy, tmp_path, monkeypatch
+):
     assert corpora.data_file("tokenizer.json").is_file()
-    with pytest.raises(FileNotFoundError, match=r"data file 'nothing\.bin' is neither in"):
-        corpora.data_file("nothing.bin")
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "moe_ref/course/text/data.py"))
+    with pytest.raises(FileNotFoundError, match=rf"data file '{name}' is neither in .*{remedy}"):
+        corpora.data_file(name)
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -437,22 +450,6 @@ def test_every_domain_has_a_share_of_the_vocabulary(domain):
     assert sum(len(text.encode()) for text in texts) / tokens > 2.0
 
 
-def test_the_command_rewrites_exactly_the_committed_files(tmp_path, monkeypatch, capsys):
-    kept = {
-        name: corpora.data_file(name) for name in ("tokenizer.json", "manifest.json", "README.md")
-    }
-    for name in ("README.md", "tokenizer.json"):
-        shutil.copy(kept[name], tmp_path / name)
-    texts = {domain: corpora.documents(domain) for domain in corpora.DOMAINS}
-    monkeypatch.setattr(corpora, "_texts", texts.get)  # assembled already
-    monkeypatch.setattr(corpora, "data_file", lambda name: tmp_path / name)
-    corpora.main()
-    corpora.tokenizer.cache_clear()
-    for name, path in kept.items():
-        assert (tmp_path / name).read_bytes() == path.read_bytes(), name
-    assert "networkx" in capsys.readouterr().out
-
-
 # ---------------------------------------------------------------- batches
 
 
@@ -472,9 +469,9 @@ def parts_of(texts, **options):
 
 @given(st.lists(st.text("abc é語", min_size=1), min_size=30, max_size=60, unique=True), st.data())
 @settings(max_examples=15)
-def test_every_document_is_in_one_part_whatever_else_is_asked_for(texts, data):
-    held_out = data.draw(st.sampled_from([0.3, 0.5]))
-    some = data.draw(st.permutations(texts))[:28]
+def test_every_document_is_in_one_part_whatever_else_is_asked_for(texts, draw):
+    held_out = draw.draw(st.sampled_from([0.3, 0.5]))
+    some = draw.draw(st.permutations(texts))[:28]
     whole = parts_of(texts, held_out=held_out)
     assert sorted(whole["train"] + whole["held_out"]) == sorted(texts)
     assert not set(whole["train"]) & set(whole["held_out"])
@@ -489,7 +486,7 @@ def test_windows_of_one_part_never_show_a_document_of_the_other(domains):
         text
         for domain in domains
         for text in corpora.documents(domain)
-        if corpora._is_held_out(text, 0.1)
+        if corpora.is_held_out(text, 0.1)
     }
     for part in ("train", "held_out"):
         seen = set()
@@ -558,9 +555,9 @@ def test_domains_are_mixed_evenly_in_random_row_order():
     assert len({tuple(batch.domains.tolist()) for batch in drawn}) > 95
 
 
-def test_weights_set_the_mixture():
-    weights = {"french": 6.0, "russian": 3.0, "chinese": 1.0}
-    stream = corpora.batches(list(weights), batch=20, seq=8, weights=weights)
+def test_the_mix_sets_the_shares_of_the_domains():
+    mix = {"french": 6.0, "russian": 3.0, "chinese": 1.0}
+    stream = corpora.batches(list(mix), batch=20, seq=8, mix=mix)
     for batch in itertools.islice(stream, 10):
         assert torch.bincount(batch.domains).tolist() == [12, 6, 2]
 
@@ -570,7 +567,7 @@ def test_a_sweep_grades_every_held_out_token_once(seq):
     swept = list(corpora.sweep(("japanese", "chinese"), batch=5, seq=seq))
     for label, domain in enumerate(("japanese", "chinese")):
         rows = [b.targets[b.domains == label][b.mask[b.domains == label]] for b in swept]
-        texts = [t for t in corpora.documents(domain) if corpora._is_held_out(t, 0.1)]
+        texts = [t for t in corpora.documents(domain) if corpora.is_held_out(t, 0.1)]
         ids = [token for t in texts for token in [*corpora.tokenizer().encode(t).ids, corpora.END]]
         assert torch.cat(rows).tolist() == ids
     assert all(batch.tokens.shape[1] == seq + 1 for batch in swept)
@@ -604,8 +601,8 @@ def test_batches_are_made_on_the_default_device():
         ({"domains": ["klingon"]}, "domain='klingon' is not one of"),
         ({"domains": {"mine": ["one"]}}, "domain 'mine' has no held_out document among its 1"),
         ({"seq": 10**7}, "seq=10000000 is too long for domain 'french'"),
-        ({"weights": {"russian": 1.0}}, "must name exactly the domains french"),
-        ({"weights": {"french": 0.0}}, "must all be positive numbers"),
+        ({"mix": {"russian": 1.0}}, r"mix=\{'russian': 1.0\} must name exactly the domains french"),
+        ({"mix": {"french": 0.0}}, r"mix=\{'french': 0.0\} must all be positive numbers"),
     ],
 )
 def test_a_bad_request_is_refused_at_once_with_the_remedy(options, message):
@@ -617,3 +614,37 @@ def test_a_bad_request_is_refused_at_once_with_the_remedy(options, message):
 def test_a_bad_sweep_is_refused_at_once():
     with pytest.raises(ValueError, match="limit=0 must be at least 1"):
         corpora.sweep(SMALL, batch=2, seq=8, limit=0)
+
+
+# ---------------------------------------------------------------- held-out losses
+
+
+def test_a_held_out_loss_is_the_mean_over_every_held_out_token_of_a_domain():
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(4096, 16, 1, 2, 12, n_experts=4, router="noisy_top_k"))
+    ours = corpora.held_out_losses(model, ("japanese", "chinese"), batch=3, seq=64)
+    assert model.training and all(block.training for block in model.blocks)
+    model.eval()
+    for name in ("japanese", "chinese"):
+        total, count = 0.0, 0
+        for batch in corpora.sweep((name,), batch=16, seq=64):
+            shares = model(batch.inputs, mask=batch.mask).logits.log_softmax(dim=-1)
+            right = shares.gather(-1, batch.targets[..., None])[..., 0][batch.mask]
+            total, count = total - right.sum().item(), count + len(right)
+        assert ours[name] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_domain_has_the_same_held_out_loss_in_whatever_company():
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(4096, 16, 1, 2, 12, n_experts=4, capacity_factor=1.0))
+    several = corpora.held_out_losses(model, SMALL, batch=4, seq=16, limit=6)
+    mine = {"mine": corpora.documents("russian")}
+    alone = corpora.held_out_losses(model, mine, batch=4, seq=16, limit=6)
+    assert list(several) == list(SMALL)
+    assert alone == {"mine": several["russian"]}
+
+
+def test_held_out_losses_of_a_wrong_domain_are_refused():
+    model = Transformer(TransformerConfig(4096, 16, 1, 2, 12))
+    with pytest.raises(ValueError, match="domains='french' is one string"):
+        corpora.held_out_losses(model, "french")

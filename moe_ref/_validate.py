@@ -1,0 +1,27 @@
+"""One-line errors for sizes and names that make no sense."""
+
+import difflib
+import operator
+from collections.abc import Iterable
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise a ValueError that names the first size that is no whole number or is below 1."""
+    for name, size in sizes.items():
+        try:
+            whole = operator.index(size)
+        except TypeError:
+            raise ValueError(f"{name}={size!r} must be a whole number") from None
+        if whole < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise a ValueError unless `value` is one of `choices`, all of which it names."""
+    known = list(choices)
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    listed = f"neither {' nor '.join(known)}" if len(known) == 2 else f"none of {', '.join(known)}"
+    raise ValueError(f"{name}={value!r} is {listed}{hint}")

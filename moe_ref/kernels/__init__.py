@@ -1,0 +1,1 @@
+"""What makes a backend of `Experts` fast on one kind of machine."""

@@ -1,0 +1,170 @@
+"""What is kept of the tokens read so far, so that the next ones need not read them again."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ._validate import check_sizes
+
+
+@runtime_checkable
+class AttentionConfig(Protocol):
+    """What attention and its cache read off a model's configuration, a `TransformerConfig`."""
+
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_features(self) -> int: ...
+    @property
+    def rope_theta(self) -> float: ...
+
+
+@runtime_checkable
+class KVCache(Protocol):
+    """The keys and values of the tokens read so far, of every block and every sequence.
+
+    Position p of a sequence is its token number p, counted from 0. A forward pass calls `begin`
+    once, `extend` once in each block, and `commit` when all blocks are done. Only then does what
+    the step stored count, so a step that breaks half-way leaves no trace.
+
+    Attributes:
+        lengths: tokens that each sequence holds, on the CPU so that nobody waits for a GPU. Set an
+            entry to less, and the last tokens of that sequence are forgotten.
+        made_for: the batch and model that the cache fits, as `cache_sizes` lists them.
+    """
+
+    lengths: Int[Tensor, " batch"]
+    made_for: Mapping[str, Any]
+
+    def begin(self, seq: int, mask: Bool[Tensor, "batch seq"] | None) -> None:
+        """Make room for the next tokens, or raise a ValueError that says how much there is.
+
+        Args:
+            seq: tokens of each sequence in this step, padding among them.
+            mask: on the CPU, False at padding, which is not stored; None: there is none.
+        """
+
+    def extend(
+        self,
+        layer: int,
+        keys: Float[Tensor, "batch kv_heads seq features"],
+        values: Float[Tensor, "batch kv_heads seq features"],
+    ) -> tuple[
+        Float[Tensor, "batch kv_heads total features"],
+        Float[Tensor, "batch kv_heads total features"],
+    ]:
+        """Store what a block made of the step's tokens; return that of all tokens.
+
+        Index p holds position p, and `total` is the length of the longest sequence, at least 1.
+        Past the end of a shorter one stands anything finite.
+        """
+
+    def commit(self) -> None:
+        """Count the step."""
+
+
+class ContiguousCache:
+    """A `KVCache` with one stretch of memory for each sequence.
+
+    Args:
+        config: of the model it is for.
+        batch: sequences.
+        length: tokens that each sequence has room for.
+        device: that of the model.
+        dtype: that of the model.
+
+    Raises:
+        ValueError: if a size is below 1; later, if there is no room for the tokens of a step.
+
+    Example:
+        >>> from moe_ref import Transformer, TransformerConfig
+        >>> model = Transformer(TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48))
+        >>> cache = ContiguousCache(model.config, batch=2, length=8)
+        >>> mask = torch.tensor([[True, True, True], [True, True, False]])
+        >>> prefill = model(torch.tensor([[5, 6, 7], [8, 9, 0]]), mask=mask, cache=cache)
+        >>> decode = model(torch.tensor([[1], [2]]), cache=cache)  # each goes on at its own length
+        >>> cache.lengths
+        tensor([4, 3])
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        batch: int,
+        length: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        check_sizes(batch=batch, length=length)
+        shape = (config.n_layers, batch, config.kv_heads, length, config.head_features)
+        # Zeros, as a key that is not seen has weight 0, but 0 times what memory held may be NaN.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.length = length
+        self.lengths = torch.zeros(batch, dtype=torch.long)
+        self.made_for = cache_sizes(config, batch, dtype, self.keys.device)
+
+    def begin(self, seq: int, mask: Bool[Tensor, "batch seq"] | None) -> None:
+        self._ends = self.lengths + (seq if mask is None else mask.sum(dim=1))
+        longest = int(self._ends.max())
+        if longest > self.length:
+            raise ValueError(f"the cache has room for length={self.length} tokens, not {longest}")
+        self._all, self._new = slice(max(longest, 1)), slice(longest - seq, longest)
+        self._scattered: Int[Tensor, "3 new"] | None = None
+        if mask is not None or not all_equal(self.lengths):
+            mask = torch.ones(len(self.lengths), seq, dtype=torch.bool) if mask is None else mask
+            rows, columns = mask.nonzero(as_tuple=True)
+            slots = next_positions(self.lengths, seq, mask)[rows, columns]
+            self._scattered = torch.stack([rows, columns, slots]).to(self.keys.device)
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            if self._scattered is None:
+                store[:, :, self._new] = new
+            else:
+                rows, columns, slots = self._scattered
+                store[rows, :, slots] = new[rows, :, columns].to(store.dtype)
+        return self.keys[layer, :, :, self._all], self.values[layer, :, :, self._all]
+
+    def commit(self) -> None:
+        self.lengths = self._ends
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}={value}" for name, value in self.made_for.items())
+        return f"ContiguousCache({sizes}, length={self.length}, lengths={self.lengths.tolist()})"
+
+
+def cache_sizes(
+    config: AttentionConfig, batch: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What a cache and the model that reads it must agree on."""
+    sizes = {name: getattr(config, name) for name in ("n_layers", "kv_heads", "head_features")}
+    return {"batch": batch, **sizes, "dtype": dtype, "device": device}
+
+
+def check_cache(
+    cache: KVCache, config: AttentionConfig, x: Float[Tensor, "batch seq d_model"]
+) -> None:
+    """Raise a ValueError that names in what a cache does not fit the model or the tokens."""
+    for name, value in cache_sizes(config, len(x), x.dtype, x.device).items():
+        if (made_for := cache.made_for[name]) != value:
+            raise ValueError(f"the cache was made for {name}={made_for}, not {name}={value}")
+
+
+def next_positions(
+    lengths: Int[Tensor, " batch"], seq: int, mask: Bool[Tensor, "batch seq"] | None
+) -> Int[Tensor, "batch seq"]:
+    """Where the next tokens of each sequence stand; padding, where the token before it stands."""
+    counted = torch.arange(seq)[None] if mask is None else mask.long().cumsum(dim=1) - 1
+    return (lengths[:, None] + counted).clamp(min=0)
+
+
+def all_equal(lengths: Int[Tensor, " batch"]) -> bool:
+    """Whether all sequences are equally long, so that slices and one row of positions serve."""
+    return bool((lengths == lengths[:1]).all())

@@ -1,0 +1,75 @@
+"""What the learned routers share: one weight for each expert, and the care of padding."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from .._validate import check_sizes
+from ..ffn import autocast_dtype
+from ..routing import Routing
+
+
+class LearnedRouter(nn.Module):
+    """A router that scores experts by `weight` [n_experts, d_model]; subclasses say how to choose.
+
+    Args:
+        d_model: features of a token.
+        n_experts: experts to choose from.
+
+    Raises:
+        ValueError: if a size is below 1.
+    """
+
+    causal = True
+    k: Any  # experts per token, whole but for expert choice
+
+    def __init__(self, d_model: int, n_experts: int) -> None:
+        super().__init__()
+        check_sizes(d_model=d_model, n_experts=n_experts)
+        self.d_model, self.n_experts = d_model, n_experts
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as nn.Linear does, uniformly within 1 / sqrt(d_model) of 0."""
+        bound = self.d_model**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens d_model"],
+        *,
+        mask: Bool[Tensor, " tokens"] | None = None,
+        token_ids: Int[Tensor, " tokens"] | None = None,
+    ) -> Routing:
+        """Route each token; `mask` is False at padding, and `token_ids` plays no part here."""
+        if mask is not None:
+            x = x.masked_fill(~mask[:, None], 0)  # padding may hold anything, even NaN
+        return self.choose(x, mask)
+
+    def choose(
+        self, x: Float[Tensor, "tokens d_model"], mask: Bool[Tensor, " tokens"] | None
+    ) -> Routing:
+        """The rule itself, for tokens whose padding has been set to 0."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to choose")
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, n_experts={self.n_experts}, k={self.k}"
+
+
+def router_logits(
+    x: Float[Tensor, "tokens d_model"], weight: Float[Tensor, "n_experts d_model"]
+) -> Float[Tensor, "tokens n_experts"]:
+    """x W^T in float32 at least, whatever the dtype of the model, under autocast too.
+
+    bfloat16 keeps 8 bits: close logits would tie, and a token would flip to another expert.
+    A float64 model routes in float64.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    if autocast_dtype(x) is None:
+        return F.linear(x.to(dtype), weight.to(dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype))

@@ -1,0 +1,63 @@
+"""torch.compile with its default settings gives what the layer gives, shape after shape.
+
+In an interpreter of its own: the run-time checks of shapes in this suite are not to be compiled.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+COMPILED = """
+import sys
+import torch
+from moe_ref import Experts, MoELayer, TopKRouter
+torch.set_num_threads(1)
+backend, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+torch.manual_seed(0)
+experts = Experts(3, 8, 8, bias=True, backend=backend)
+layer = MoELayer(TopKRouter(8, 3, 2), experts).to(dtype)
+compiled = torch.compile(layer)
+for shape in ((2, 10, 8), (3, 7, 8)):
+    mask = torch.arange(shape[0] * shape[1]).view(shape[:2]) % 5 > 0
+    results = []
+    for forward in (compiled, layer):
+        x = torch.linspace(-1, 1, 8 * shape[0] * shape[1]).reshape(shape).mul(9).sin()
+        x = x.to(dtype).requires_grad_()
+        y, routing = forward(x, mask=mask)
+        (y * torch.arange(y.numel()).reshape(shape).cos().to(dtype)).sum().backward()
+        results.append([y, x.grad, *(p.grad for p in layer.parameters()), routing.counts])
+        layer.zero_grad()
+    for ours, theirs in zip(*results):
+        scale = theirs.abs().max().clamp(min=1e-2)
+        assert (ours - theirs).abs().max() <= scale * float(sys.argv[3])
+torch._dynamo.reset()
+breaks = torch._dynamo.explain(layer)(x).break_reasons
+print(sorted({reason.user_stack[-1].name for reason in breaks}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "rounding", "breaks"),
+    [
+        ("loop", "float32", 1e-5, ["sizes_of"]),
+        ("padded", "float32", 1e-5, ["sizes_of"]),
+        ("grouped", "bfloat16", 0.02, []),
+    ],
+)
+def test_two_shapes_agree_forward_and_backward_and_only_reading_the_counts_breaks_the_graph(
+    backend, dtype, rounding, breaks, tmp_path
+):
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILED, backend, dtype, str(rounding)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout == f"{breaks}\n"
