@@ -28,6 +28,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("moe_ref")
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """As for users: the suite's own checks of shapes would speak up before the library does."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Under pytest-xdist's -n: tests go out one by one, but a notebook's cells share a kernel."""

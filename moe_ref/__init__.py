@@ -3,6 +3,9 @@
 The classes below are here at once. Every other part, such as `moe_ref.training` or
 `moe_ref.checkpoints`, is imported when first asked for; `dir(moe_ref)` lists them all. What only
 the notebooks need is in `moe_ref.course`.
+
+The examples in docstrings assume `import torch`, `from moe_ref import *` and the names of their own
+module.
 """
 
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError

@@ -1,4 +1,4 @@
-"""Reading and writing files: tensors, text and JSON; a file is written whole or not at all."""
+"""Reading and writing tensors, text and JSON; a file is written whole or not at all."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; ValueError that names file and place if it holds none."""
+    """The object in a JSON file; if there is none, a ValueError that names the file and place."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8: each says where
@@ -51,7 +51,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # the bytes before the name: a power cut must not swap them
+            os.fsync(file.fileno())  # the bytes before the name, even in a power cut
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {path}: {error}; what was there is as it was") from error

@@ -10,11 +10,11 @@ from typing import Any
 def submodules(
     package: str, **elsewhere: str
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package that offers every public file and folder in it.
+    """`__getattr__` and `__dir__` of a package that offers every public module in it.
 
     Args:
         package: its `__name__`.
-        elsewhere: further names, each with the module that it stands for, relative to the package.
+        elsewhere: further names, each with the module it stands for, relative to the package.
     """
     folder = Path(sys.modules[package].__path__[0])
 

@@ -1,4 +1,4 @@
-"""One-line errors for sizes and names that make no sense."""
+"""One-line errors for impossible sizes and unknown names."""
 
 import difflib
 import operator
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raise a ValueError that names the first size that is no whole number or is below 1."""
+    """Raise a ValueError that names the first size that is not a whole number or is below 1."""
     for name, size in sizes.items():
         try:
             whole = operator.index(size)
@@ -17,7 +17,7 @@ def check_sizes(**sizes: int) -> None:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise a ValueError unless `value` is one of `choices`, all of which it names."""
+    """Raise a ValueError that lists the choices unless `value` is one of them."""
     known = list(choices)
     if value in known:
         return

@@ -6,6 +6,7 @@ cache.commit()                                      # when every block has store
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +14,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ._validate import check_sizes
-from .kv_cache import AttentionConfig, KVCache, all_equal, check_cache, next_positions
+from .kv_cache import KVCache, all_equal, check_cache, next_positions
 
 
 class Attention(nn.Module):
-    """Causal attention; each head of keys and values serves n_heads / n_kv_heads of queries.
+    """Causal attention; n_heads / n_kv_heads heads of queries share a head of keys and values.
 
     Args:
         d_model: features of a token, of which a head has d_model / n_heads.
         n_heads: heads of queries.
-        n_kv_heads: heads of keys, and of values.
+        n_kv_heads: heads of keys and values.
 
     Raises:
-        ValueError: if the features can't be divided among the heads, or the heads among heads.
+        ValueError: unless 2 * n_heads divides d_model and n_kv_heads divides n_heads.
 
     Example:
-        >>> from moe_ref import TransformerConfig
         >>> x = torch.randn(2, 5, 32)
         >>> step = prepare(TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48), x)
         >>> Attention(d_model=32, n_heads=4, n_kv_heads=4)(x, step).shape
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         Args:
             x: hidden states.
             step: from `prepare`, the same for all blocks.
-            layer: number of the block, by which the cache knows its keys.
+            layer: number of the block, from 0: where in the cache its keys and values are.
         """
         q = rotate(self._split(self.query(x), self.n_heads), step.cos, step.sin)
         k = rotate(self._split(self.key(x), self.n_kv_heads), step.cos, step.sin)
@@ -76,43 +76,43 @@ class Attention(nn.Module):
 class Step:
     """What the blocks of one forward pass share, computed once by `prepare`."""
 
-    cos: Float[Tensor, "rows 1 seq half"]  # of the rotary angles; one row if all stand alike
+    cos: Float[Tensor, "rows 1 seq half"]  # of the rotary angles; one row if all would be equal
     sin: Float[Tensor, "rows 1 seq half"]
     visible: Bool[Tensor, "rows 1 seq total"] | None  # keys that a query sees; None: see `attend`
     cache: KVCache | None
 
 
 def prepare(
-    config: AttentionConfig,
+    config: Any,
     x: Float[Tensor, "batch seq d_model"],
     positions: Tensor | None = None,
     mask: Tensor | None = None,
     cache: KVCache | None = None,
 ) -> Step:
-    """Find out where the tokens of a forward pass stand, and which keys each of them sees.
+    """Work out the positions of the tokens of a forward pass, and which keys each of them sees.
 
     Args:
-        config: of the model.
-        x: the embedded tokens, for their shape, dtype and device.
-        positions, mask, cache: what `Transformer.forward` was given.
+        config: the `TransformerConfig` of the model.
+        x: the embedded tokens; only their shape, dtype and device matter.
+        positions, mask, cache: what `Transformer.forward` was given; the cache is begun.
 
     Returns:
-        What all blocks need to know; the cache is ready for them.
+        What all blocks need.
 
     Raises:
         ValueError: if positions, mask or cache do not fit the tokens, the model or one another.
 
     Example:
-        >>> from moe_ref import TransformerConfig
         >>> config = TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48)
         >>> mask = torch.tensor([[False, True, True]])  # padding on the left
-        >>> step = prepare(config, torch.zeros(1, 3, 32), mask=mask)
-        >>> step.visible[0, 0, 1:].int()  # what the two tokens see
-        tensor([[0, 1, 0],
-                [0, 1, 1]], dtype=torch.int32)
+        >>> prepare(config, torch.zeros(1, 3, 32), mask=mask).visible[0, 0, 1:].tolist()
+        [[False, True, False], [False, True, True]]
     """
     batch, seq = x.shape[:2]
-    real = _padded(mask, x)
+    real = None  # the mask, on the CPU, if there is any padding
+    if mask is not None:
+        _check_shape("mask", mask, x, torch.bool)
+        real = None if mask.all() else mask.cpu()
     lengths = torch.zeros(batch, dtype=torch.long) if cache is None else cache.lengths
     if cache is not None:
         check_cache(cache, config, x)
@@ -120,17 +120,16 @@ def prepare(
     at = next_positions(lengths, seq, real)
     if positions is not None:
         _check_positions(positions, x, real, None if cache is None else at)
-    alike = real is None and (cache is None or all_equal(lengths))
-    at = at[:1] if alike else at  # one row serves all
+        at = positions if cache is None else at
+    alike = real is None and (positions is None if cache is None else all_equal(lengths))
+    at = at[:1] if alike else at  # one row will do for all
     visible = None
     if cache is not None:
-        if not alike or (seq > 1 and lengths.any()):
-            visible = _see_cache(at, x.device)
-    elif positions is not None:
-        at = positions
-        visible = _see_each_other(at.to(x.device), real)
-    elif real is not None and (real[:, 1:] > real[:, :-1]).any():  # padding before a token
-        visible = _see_each_other(at.to(x.device), real)
+        if not alike or (seq > 1 and lengths.any()):  # the key of position p has index p
+            index = torch.arange(int(at.max()) + 1, device=x.device)
+            visible = (index <= at.to(x.device)[..., None])[:, None]
+    elif positions is not None or (real is not None and (real[:, 1:] > real[:, :-1]).any()):
+        visible = _see_each_other(at.to(x.device), real)  # in any order, or padding before a token
     angles = rotary_angles(at.to(x.device), config.head_features, config.rope_theta)[:, None]
     return Step(angles.cos().to(x.dtype), angles.sin().to(x.dtype), visible, cache)
 
@@ -143,8 +142,8 @@ def attend(
 ) -> Float[Tensor, "batch heads seq features"]:
     """softmax(q k^T / sqrt(features)) v, over the keys that each query sees.
 
-    Without `visible`, a query among as many keys sees those up to its own, and a lone query sees
-    all: no mask is needed then, so torch's fastest kernels serve.
+    Without `visible`, queries among as many keys see those up to their own, and a lone query sees
+    all. That needs no mask, and so gets torch's fastest kernels.
     """
     causal = visible is None and q.shape[2] == k.shape[2]
     grouped = q.shape[1] != k.shape[1]
@@ -173,7 +172,7 @@ def rotate(
 
 
 def check_heads(d_model: int, n_heads: int, n_kv_heads: int) -> None:
-    """Raise a ValueError that names the heads among which the features can't be divided."""
+    """Raise a ValueError unless 2 * n_heads divides d_model and n_kv_heads divides n_heads."""
     check_sizes(d_model=d_model, n_heads=n_heads)
     if d_model % (2 * n_heads):
         raise ValueError(
@@ -184,13 +183,8 @@ def check_heads(d_model: int, n_heads: int, n_kv_heads: int) -> None:
         raise ValueError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}")
 
 
-def _see_cache(at: Tensor, device: torch.device) -> Tensor:
-    """The keys that tokens see in a cache, where the key of position p has index p."""
-    return (torch.arange(int(at.max()) + 1, device=device) <= at.to(device)[..., None])[:, None]
-
-
 def _see_each_other(at: Tensor, real: Tensor | None) -> Tensor:
-    """The keys that tokens see where none have been read before these."""
+    """The keys that tokens at these positions see if none were read before."""
     visible = at[:, None, :] <= at[:, :, None]
     if real is not None:  # padding sees itself: a softmax over no key is NaN, which spreads
         itself = torch.eye(at.shape[1], dtype=torch.bool, device=at.device)
@@ -198,19 +192,10 @@ def _see_each_other(at: Tensor, real: Tensor | None) -> Tensor:
     return visible[:, None]
 
 
-def _padded(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask on the CPU; None if nothing is padding."""
-    if mask is None:
-        return None
-    _check_shape("mask", mask, x, torch.bool)
-    real = mask.cpu()
-    return None if real.all() else real
-
-
 def _check_positions(
     positions: Tensor, x: Tensor, real: Tensor | None, follow: Tensor | None
 ) -> None:
-    """Refuse positions below 0, or with a cache others than those that follow it."""
+    """Refuse positions below 0; with a cache, all but those that follow it."""
     _check_shape("positions", positions, x, torch.int64, torch.int32)
     given = positions.cpu()
     wrong = given < 0 if follow is None else given != follow

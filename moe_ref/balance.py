@@ -1,7 +1,6 @@
 """Keeping experts busy: the auxiliary losses with their registry, and the bias that needs none.
 
-Every loss is a function of one layer's `Routing`; `BalanceLoss` says what it owes. No loss counts
-padding, the tokens where `routing.mask` is False.
+Every loss is a `BalanceLoss`: that is where its arguments are described. None counts padding.
 """
 
 import math
@@ -12,37 +11,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .routing import NoisyRouting, Routing
+from .routing import NoisyRouting, Routing, normalized
 
 
 @runtime_checkable
 class BalanceLoss(Protocol):
-    """A loss of one layer's routing: the less even the use of the experts, the larger.
+    """A loss of one layer's routing.
 
-    Training takes it of every MoE layer, adds these up, and adds the sum to the loss, times its
-    coefficient in `TrainingConfig.balance`. A key there is a name from `LOSSES`, or a function of
-    your own, which is then recorded under its own name.
+    Training sums it over all MoE layers and multiplies by its coefficient in
+    `TrainingConfig.balance`. A key there is a name in `LOSSES` or a function of your own, which is
+    recorded under its own name.
 
     Args:
         routing: all tokens of a batch, after capacity. `scores` and `logits` carry the gradient;
             `demand` is a count, taken before capacity, and carries none.
-        seq: tokens of each sequence, for a loss taken sequence by sequence. None: they are one.
+        seq: tokens of each sequence, for a loss taken sequence by sequence; None: all are one.
 
     Returns:
-        A scalar. It is 0 if no token is real.
+        A scalar; 0 if every token is padding.
 
     Example:
-        >>> from itertools import repeat
-        >>> from moe_ref import Transformer, TransformerConfig, training
         >>> def favourite(routing, *, seq=None):
         ...     return mean_scores(routing).max()
-        >>> config = training.TrainingConfig(steps=1, balance={"switch": 0.01, favourite: 0.1})
-        >>> model = Transformer(TransformerConfig(9, 16, 1, 2, 16, n_experts=4))
-        >>> tokens = torch.arange(18).view(2, 9) % 9
-        >>> batch = training.Batch(inputs=tokens[:, :-1], targets=tokens[:, 1:])
-        >>> history = training.train(model, lambda start: repeat(batch), config, progress=False)
-        >>> 0.25 <= history.steps[0]["favourite"] <= 1
-        True
+        >>> routing = TopKRouter(d_model=8, n_experts=4, k=2)(torch.zeros(3, 8))
+        >>> sums(resolve({favourite: 0.1}), [routing, routing], seq=3)["favourite"].item()
+        0.5
     """
 
     def __call__(self, routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]: ...
@@ -51,7 +44,7 @@ class BalanceLoss(Protocol):
 def importance_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
     """Squared coefficient of variation of the importance, the sum of an expert's weights.
 
-    0 at perfect balance; a `BalanceLoss`.
+    It is 0 at perfect balance.
 
     Source: Shazeer et al. 2017 (1701.06538), equations 6 and 7.
     """
@@ -65,7 +58,7 @@ def load_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
 
     The load of expert i is the sum over tokens of the probability that i is chosen if its noise
     alone is drawn again: Phi((h_i - threshold) / sigma_i), where the threshold is the k-th largest
-    noisy logit of the others. 0 at perfect balance; a `BalanceLoss`.
+    noisy logit of the others. The loss is 0 at perfect balance.
 
     Raises:
         ValueError: for the routing of another router, which has no noise.
@@ -76,32 +69,29 @@ def load_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
         raise ValueError(f"load_loss needs a NoisyTopKRouter's routing, not a {type(routing)}")
     k = routing.experts.shape[1]
     if k == routing.n_experts:
-        return routing.logits.sum() * 0  # everybody is always chosen
+        return routing.logits.sum() * 0  # all are always chosen
     best = routing.noisy.topk(k + 1, dim=-1).values
     last_in, first_out = best[:, k - 1 : k], best[:, k:]
     # Among the others of a chosen expert the k-th largest is the first that was left out.
     threshold = torch.where(routing.noisy > first_out, first_out, last_in)
-    sigma = routing.sigma.clamp(min=1e-6)  # of no noise at all the gradient would be nan
+    sigma = routing.sigma.clamp(min=1e-6)  # without noise the gradient would be NaN
     chance = torch.special.ndtr((routing.logits - threshold) / sigma)
     return squared_variation(chance.masked_fill(~routing.mask[:, None], 0).sum(dim=0))
 
 
 def switch_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
-    """n_experts * sum of f_i P_i, the auxiliary loss of Switch and GShard; a `BalanceLoss`.
+    """n_experts * sum of f_i P_i, the auxiliary loss of Switch and GShard.
 
-    f_i is the share of all assignments that requested expert i, before capacity. P_i is the mean
-    over tokens of its score, among all experts; sigmoid scores are first divided by their sum. 1 at
-    perfect balance, n_experts when a sure top-1 router collapses. The usual coefficient is 1e-2.
-    Hugging Face's function uses k * f_i, so its value is k times this one, and pools all layers.
+    f_i is the share of all assignments that asked for expert i, before capacity; P_i is its mean
+    score, where a token's scores sum to 1. The loss is 1 at perfect balance, and n_experts when a
+    sure top-1 router collapses. The usual coefficient is 1e-2. Hugging Face's function uses k * f_i
+    and pools all layers.
 
     Example:
-        >>> from moe_ref import TopKRouter
         >>> router = TopKRouter(3, n_experts=3, k=1)
         >>> router.weight.data = 9 * torch.eye(3)  # feature i calls for expert i
-        >>> print(f"{switch_loss(router(torch.eye(3))):.2f}")
-        1.00
-        >>> print(f"{switch_loss(router(torch.eye(3)[[0, 0, 0]])):.2f}")
-        3.00
+        >>> [f"{switch_loss(router(torch.eye(3)[tokens])):.2f}" for tokens in ([0, 1, 2], [0, 0])]
+        ['1.00', '3.00']
 
     Source: Fedus et al. 2021 (2101.03961), equations 4 to 6.
     """
@@ -109,10 +99,10 @@ def switch_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""
 
 
 def z_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
-    """Mean over tokens of the squared logsumexp of the logits; a `BalanceLoss`.
+    """Mean over tokens of the squared logsumexp of the logits.
 
-    It keeps logits small, where float32 and the softmax are exact, and balances nothing. The usual
-    coefficient is 1e-3.
+    It balances nothing: it keeps logits small, where the softmax is exact. The usual coefficient is
+    1e-3.
 
     Source: ST-MoE, Zoph et al. 2022 (2202.08906), equation 5.
     """
@@ -121,10 +111,10 @@ def z_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
 
 
 def sequence_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, ""]:
-    """`switch_loss` of each sequence of `seq` tokens, averaged over sequences; a `BalanceLoss`.
+    """`switch_loss` of each sequence of `seq` tokens, averaged over sequences.
 
-    Sequences follow one another and are equally long. Those that are all padding don't count. 1 at
-    perfect balance within each sequence. The usual coefficient is 1e-4.
+    Sequences that are all padding don't count. The loss is 1 at perfect balance within each
+    sequence. The usual coefficient is 1e-4.
 
     Raises:
         ValueError: if `seq` does not divide the tokens.
@@ -139,7 +129,8 @@ def sequence_loss(routing: Routing, *, seq: int | None = None) -> Float[Tensor, 
     requested = chosen.sum(dim=1).view(-1, seq, n_experts).sum(dim=1)
     share = requested / requested.sum(dim=-1, keepdim=True).clamp(min=1)
     real = routing.mask.view(-1, seq).sum(dim=1)
-    mean = token_shares(routing).view(-1, seq, n_experts).sum(dim=1) / real.clamp(min=1)[:, None]
+    shares = normalized(routing.scores).view(-1, seq, n_experts)
+    mean = shares.sum(dim=1) / real.clamp(min=1)[:, None]
     losses = n_experts * (share * mean).sum(dim=-1)
     return losses.sum() / (real > 0).sum().clamp(min=1)
 
@@ -154,7 +145,7 @@ LOSSES: dict[str, BalanceLoss] = {
 
 
 def resolve(wanted: Mapping[Any, float]) -> dict[str, tuple[BalanceLoss, float]]:
-    """Losses and coefficients by name, of a mapping such as `{"switch": 0.01, my_loss: 0.1}`.
+    """Losses and coefficients by name, from a mapping such as `{"switch": 0.01, my_loss: 0.1}`.
 
     Raises:
         ValueError: for an unknown name, two losses of one name, or an impossible coefficient.
@@ -192,21 +183,21 @@ def sums(
 
 @torch.no_grad()
 def update_bias(router: nn.Module, routing: Routing, rate: float = 1e-3) -> None:
-    """Move a router's selection bias: down for busy experts, up for idle ones. No loss is needed.
+    """Move a router's selection bias down for busy experts and up for idle ones.
 
-    b_i += rate * sign(mean demand - demand_i), with the demand of all ranks if torch.distributed is
-    running. Call it once after each optimiser step. It does nothing in evaluation.
+    b_i += rate * sign(mean demand - demand_i), where demand is summed over the ranks of
+    torch.distributed if it runs. Call this once after each optimiser step; in evaluation it does
+    nothing.
 
     Args:
-        router: with a buffer `bias` [n_experts], such as a `TopKRouter` with selection_bias=True.
-        routing: what the router decided; its `demand` is read.
+        router: has a buffer `bias` [n_experts], as a `TopKRouter` with selection_bias=True has.
+        routing: what the router decided.
         rate: size of the step.
 
     Raises:
         ValueError: if the router has no selection bias.
 
     Example:
-        >>> from moe_ref import TopKRouter
         >>> router = TopKRouter(3, n_experts=3, k=1, selection_bias=True)
         >>> router.weight.data = torch.eye(3)  # feature i calls for expert i
         >>> update_bias(router, router(torch.eye(3)[[0, 0, 1, 2, 0, 1]]), rate=0.5)
@@ -234,10 +225,5 @@ def squared_variation(values: Float[Tensor, " n_experts"]) -> Float[Tensor, ""]:
 
 
 def mean_scores(routing: Routing) -> Float[Tensor, " n_experts"]:
-    """P: the mean over real tokens of the share of each expert in the token's scores."""
-    return token_shares(routing).sum(dim=0) / routing.mask.sum().clamp(min=1)
-
-
-def token_shares(routing: Routing) -> Float[Tensor, "tokens n_experts"]:
-    """Scores that sum to 1 per token, as those of a softmax do already; 0 at padding."""
-    return routing.scores / routing.scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    """P: the mean score of each expert over all tokens but padding; a token's scores sum to 1."""
+    return normalized(routing.scores).sum(dim=0) / routing.mask.sum().clamp(min=1)

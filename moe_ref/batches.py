@@ -1,30 +1,27 @@
 """Batches of tokens, and a model's loss on them."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Protocol, runtime_checkable
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from .model import Output, Transformer
+from .model import Output, Transformer, evaluating
 
 UNGRADED = -100  # the target of a token that is read but not graded, as in torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences to train on, or to be graded on.
+    """Sequences to train or to evaluate on.
 
     Args:
         inputs: tokens to read.
         targets: the token after each; `UNGRADED` where the model is not to be graded.
-        mask: False at padding, which follows a sequence and is neither routed nor graded; None:
-            there is no padding.
+        mask: False at padding, which is neither routed nor graded; None: there is none.
 
     Example:
         >>> tokens = torch.arange(6)[None]
@@ -39,7 +36,7 @@ class Batch:
 
 @runtime_checkable
 class BatchLike(Protocol):
-    """What is read of a batch: a `Batch` has it, and so may a class that knows more."""
+    """What is read of a batch: any class with these three will do, such as `Batch`."""
 
     @property
     def inputs(self) -> Tensor: ...
@@ -58,10 +55,8 @@ def held_out_loss(model: Transformer, batches: Iterable[BatchLike]) -> float:
         ValueError: if there is no target to grade.
 
     Example:
-        >>> from moe_ref import TransformerConfig
         >>> model, tokens = Transformer(TransformerConfig(9, 16, 1, 2, 16)), torch.arange(9)[None]
-        >>> loss = held_out_loss(model, [Batch(tokens[:, :-1], tokens[:, 1:])])
-        >>> 0 < loss < 5  # near log(9) = 2.2, since nothing has been learned
+        >>> held_out_loss(model, [Batch(tokens[:, :-1], tokens[:, 1:])]) < 5  # log(9) is 2.2
         True
     """
     total, count = 0.0, 0
@@ -77,7 +72,7 @@ def held_out_loss(model: Transformer, batches: Iterable[BatchLike]) -> float:
 
 
 def read(model: Transformer, batch: BatchLike) -> tuple[Output, Tensor]:
-    """What a model says of a batch, and the targets, `UNGRADED` at padding, on its device."""
+    """A model's output for a batch, and the targets on its device, `UNGRADED` at padding."""
     device, mask, targets = next(model.parameters()).device, batch.mask, batch.targets
     if mask is not None:
         targets = targets.masked_fill(~mask, UNGRADED)
@@ -92,20 +87,7 @@ def graded(batch: BatchLike) -> int:
 
 
 def digest(batch: BatchLike) -> str:
-    """A sha256 of all that is read of a batch."""
+    """A sha256 of everything in a batch that training reads."""
     parts = [p.cpu() for p in (batch.inputs, batch.targets, batch.mask) if p is not None]
     shapes = repr([part.shape for part in parts]).encode()
     return sha256(shapes + b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient; afterwards each part of the model has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -1,7 +1,7 @@
 """Capacity: how many tokens an expert takes, and what becomes of those it has no place for."""
 
-import dataclasses
 import math
+from dataclasses import KW_ONLY, dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -13,16 +13,17 @@ from ._validate import check_choice
 from .routing import Routing, count, top_k
 
 
+@dataclass(frozen=True)
 class Capacity:
     """Limits every expert to `factor` times its even share of the assignments.
 
-    limit = max(minimum, ceil(factor * k * tokens / n_experts)), never more than the tokens, padding
-    not counted. Other codes differ: Mesh-TensorFlow leaves out k, and like MegaBlocks rounds down.
+    limit = max(minimum, ceil(factor * k * tokens / n_experts)), and at most all tokens; padding is
+    not counted. Other code differs: Mesh-TensorFlow leaves out k, and like MegaBlocks rounds down.
 
     | overflow | what becomes of an assignment without a place |
     |---|---|
     | drop | nobody serves it; the weights of the token's other slots stay as they are |
-    | reroute | the token takes its next best expert with room that it does not use, if any |
+    | reroute | the token's next best expert takes it that has room and does not serve it yet |
 
     | priority | who keeps a place |
     |---|---|
@@ -31,7 +32,7 @@ class Capacity:
     | score | the larger weight first |
 
     Args:
-        factor: the limit over an even share; infinity changes nothing.
+        factor: the limit as a multiple of an even share; infinity: no limit.
         overflow: a name in the first table.
         priority: a name in the second.
         minimum: the least limit.
@@ -40,8 +41,6 @@ class Capacity:
         ValueError: if the factor is not positive, minimum is below 0 or a name is unknown.
 
     Example:
-        >>> import torch
-        >>> from moe_ref import TopKRouter
         >>> routing = TopKRouter(d_model=4, n_experts=2, k=1)(torch.ones(10, 4))
         >>> sorted(routing.counts.tolist()), sorted(Capacity(1.5)(routing).counts.tolist())
         ([0, 10], [0, 8])
@@ -50,34 +49,25 @@ class Capacity:
     Riquelme et al. 2021 (2106.05974), section 4.1.
     """
 
-    def __init__(
-        self,
-        factor: float,
-        *,
-        overflow: str = "drop",
-        priority: str = "choice",
-        minimum: int = 1,
-    ) -> None:
-        if not factor > 0:
-            raise ValueError(f"factor={factor} is not more than 0")
-        if minimum < 0:
-            raise ValueError(f"minimum={minimum} is less than 0")
-        check_choice("overflow", overflow, ("drop", "reroute"))
-        check_choice("priority", priority, ("choice", "position", "score"))
-        self.factor = factor
-        self.overflow = overflow
-        self.priority = priority
-        self.minimum = minimum
+    factor: float
+    _: KW_ONLY
+    overflow: str = "drop"
+    priority: str = "choice"
+    minimum: int = 1
 
-    def __repr__(self) -> str:
-        names = f"overflow={self.overflow!r}, priority={self.priority!r}"
-        return f"Capacity({self.factor:g}, {names}, minimum={self.minimum})"
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise ValueError(f"factor={self.factor} is not more than 0")
+        if self.minimum < 0:
+            raise ValueError(f"minimum={self.minimum} is less than 0")
+        check_choice("overflow", self.overflow, ("drop", "reroute"))
+        check_choice("priority", self.priority, ("choice", "position", "score"))
 
     def limit(self, tokens: int, k: int, n_experts: int) -> int:
         """The most tokens an expert takes of a batch of this size."""
         if math.isinf(self.factor):
             return tokens
-        # The factor as it is written: 1.1 * 100 / 10 is 11, not the 11.000000000000002 of floats.
+        # Exact, with the factor as written: in floats 1.1 * 100 / 10 is 11.000000000000002.
         share = Fraction(str(self.factor)) * k * tokens / n_experts
         return min(tokens, max(self.minimum, math.ceil(share)))
 
@@ -97,10 +87,10 @@ class Capacity:
         if self.overflow == "reroute":
             experts = reroute(routing, experts, order, room - count(experts, n_experts))
             weights = rerouted_weights(routing, experts)
-        return dataclasses.replace(routing, experts=experts, weights=weights)
+        return replace(routing, experts=experts, weights=weights)
 
     def _order(self, weights: Float[Tensor, "tokens slots"]) -> Int[Tensor, " assignments"]:
-        """All assignments (token * slots + slot), those that keep a place first at the front."""
+        """All assignments (token * slots + slot) in the order in which they take places."""
         if self.priority == "score":
             return weights.detach().flatten().argsort(descending=True, stable=True)
         places = torch.arange(weights.numel(), device=weights.device)
@@ -112,7 +102,7 @@ class Capacity:
 def admit(
     arriving: Int[Tensor, " assignments"], room: Int[Tensor, " n_experts"]
 ) -> Bool[Tensor, " assignments"]:
-    """Which of the assignments, arriving in this order, get a place: expert e has room[e] left."""
+    """Which assignments, arriving in this order, get a place; expert e has room[e] left."""
     sizes = count(arriving, len(room) + 1)
     by_expert = arriving.argsort(stable=True)  # keeps the order within an expert
     ahead = (sizes.cumsum(0) - sizes)[arriving[by_expert]]
@@ -128,11 +118,11 @@ def reroute(
     order: Int[Tensor, " assignments"],
     room: Int[Tensor, " n_experts"],
 ) -> Int[Tensor, "tokens slots"]:
-    """Place the assignments without a place elsewhere, in rounds.
+    """Find other experts for the assignments without a place, in rounds.
 
-    In a round every token asks for as many experts as it has unplaced slots, the best ones with
-    room that it does not use; each expert admits by priority. An expert that turned somebody away
-    is full, so there are at most n_experts rounds.
+    In each round every unplaced slot of a token asks for the next best expert that has room and
+    does not serve the token yet; the experts admit by priority. An expert that turns one away is
+    full, so there are at most n_experts rounds.
     """
     dropped = (experts == routing.n_experts) & (routing.experts < routing.n_experts)
     experts = experts.clone()
@@ -142,7 +132,7 @@ def reroute(
         admitted = admit(wanted, room)
         experts.view(-1)[unplaced[admitted]] = wanted[admitted]
         room = room - count(wanted[admitted], routing.n_experts)
-        # Whoever found no expert to ask never will: experts only fill up.
+        # A slot that found no expert to ask never will: experts only fill up.
         unplaced = unplaced[(wanted < routing.n_experts) & ~admitted]
     return experts
 
@@ -153,7 +143,7 @@ def next_choices(
     unplaced: Int[Tensor, " assignments"],
     room: Int[Tensor, " n_experts"],
 ) -> Int[Tensor, " assignments"]:
-    """For each unplaced slot the next best expert with room, no two of a token alike."""
+    """The next best expert with room for each unplaced slot; those of a token all differ."""
     n_experts = len(room)
     asking = torch.zeros_like(experts, dtype=torch.bool)
     asking.view(-1)[unplaced] = True

@@ -1,6 +1,6 @@
 """Dispatch: move tokens to their experts, and the outputs back to their tokens.
 
-A dispatch is a function `(x, routing, experts) -> y`, and all of them are equal. Two stand here:
+A dispatch is a function `(x, routing, experts) -> y`, and all of them give the same y:
 
 | dispatch | how |
 |---|---|
@@ -15,8 +15,8 @@ A dispatch is a function `(x, routing, experts) -> y`, and all of them are equal
                                      4      2         a
                                      5      2         c
 
-`permute` makes the rows on the right, an expert works on its run of rows, `combine` adds the
-outputs up at the left.
+`permute` makes the rows on the right, each expert works on its own, and `combine` adds the outputs
+up by token.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,6 @@ def sorted_rows(
         The weighted sum of the experts' outputs for each token; 0 for a token that nobody serves.
 
     Example:
-        >>> from moe_ref import Experts, TopKRouter
         >>> x, experts = torch.randn(6, 4), Experts(3, d_model=4, d_ff=8)
         >>> routing = TopKRouter(d_model=4, n_experts=3, k=2)(x)
         >>> y = sorted_rows(x, routing, experts)
@@ -62,19 +61,19 @@ def sorted_rows(
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Where each row comes from, rows being grouped by expert, in expert order."""
+    """Where each row comes from; the rows are grouped by expert, in expert order."""
 
     order: Int[Tensor, " rows"]  # slot of each row, counted as token * slots + slot
     tokens: Int[Tensor, " rows"]  # token of each row
     counts: Int[Tensor, " n_experts"]  # rows of each expert
-    served: Int[Tensor, ""] | None = None  # how many rows are somebody's, if not all of them
+    served: Int[Tensor, ""] | None = None  # rows that an expert serves; None: all
 
 
 def plan(routing: Routing) -> Plan:
     """The permutation of a routing; within an expert, rows keep the order of their tokens.
 
     In a graph, or on the meta device, the number of rows can't depend on the numbers in a tensor:
-    the slots that nobody serves then have rows too, which hold 0 and stand at the end.
+    there the slots that nobody serves have rows too, of zeros, at the end.
     """
     counts = routing.counts
     # A stable sort by expert puts the slots of expert n_experts, nobody, last.
@@ -83,34 +82,32 @@ def plan(routing: Routing) -> Plan:
     if not (torch.compiler.is_compiling() or counts.is_meta):
         order = order[: int(served)]
         return Plan(order, order // routing.experts.shape[-1], counts)
-    nobody = (len(order) - served)[None]  # the last expert gets them: its gradient is of 0
+    nobody = (len(order) - served)[None]  # the last expert works on the zeros too
     counts = torch.cat([counts[:-1], counts[-1:] + nobody])
     return Plan(order, order // routing.experts.shape[-1], counts, served)
 
 
 def permute(x: Float[Tensor, "tokens d_model"], plan: Plan) -> Float[Tensor, "rows d_model"]:
     """Copy each token to the rows that the plan gives it."""
-    rows = x.index_select(0, plan.tokens)
-    return only_served(rows, plan)
+    return only_served(x.index_select(0, plan.tokens), plan)
 
 
 def combine(
     rows: Float[Tensor, "rows d_model"], plan: Plan, routing: Routing
 ) -> Float[Tensor, "tokens d_model"]:
-    """Take each row back to its slot and add up the slots of a token by their weights.
+    """The weighted sum of each token's rows; 0 for a token that nobody serves.
 
-    The sum is taken in float32 at least, in the order of the slots: the same bits every time.
-    A token that nobody serves gets 0.
+    It is taken in float32 at least, in the order of the slots: the same bits every time.
     """
     if plan.served is None:
         return WeightedSum.apply(rows, routing.weights, plan.order).to(rows.dtype)
-    home = plan.order.argsort()  # a graph makes its own backward of plain operations
+    home = plan.order.argsort()  # plain operations: a graph makes its own backward
     by_slot = only_served(rows, plan).index_select(0, home).unflatten(0, routing.weights.shape)
     return (by_slot * routing.weights[..., None]).sum(dim=1).to(rows.dtype)
 
 
 def only_served(rows: Float[Tensor, "rows d_model"], plan: Plan) -> Float[Tensor, "rows d_model"]:
-    """The rows, with those that nobody serves at 0, and their gradient too."""
+    """The rows, those that nobody serves set to 0, which stops their gradient too."""
     if plan.served is None:
         return rows
     place = torch.arange(len(plan.order), device=rows.device)
@@ -120,7 +117,7 @@ def only_served(rows: Float[Tensor, "rows d_model"], plan: Plan) -> Float[Tensor
 class WeightedSum(torch.autograd.Function):
     """y[t] = sum over slots s of weights[t, s] * rows[the row of slot t, s].
 
-    Slot by slot, so that no tensor of the size of all rows is made; autograd, left to itself,
+    It goes slot by slot, and so makes no tensor of the size of all rows; autograd, left to itself,
     would make one for each slot. The gradient of a row is weights[t, s] * grad[t], that of a
     weight is rows[...] . grad[t].
     """
@@ -131,7 +128,7 @@ class WeightedSum(torch.autograd.Function):
         y = torch.zeros(len(weights), rows.shape[-1], dtype=dtype, device=rows.device)
         if len(rows) == 0:
             return y
-        # Where each slot's row stands; a slot that nobody serves has none, and adds 0.
+        # The row of each slot; one that nobody serves has none, and adds 0.
         place = torch.zeros(weights.numel(), dtype=torch.long, device=order.device)
         place[order] = torch.arange(len(order), device=order.device)
         dropped = None
@@ -177,8 +174,8 @@ def one_hot_einsum(
 ) -> Float[Tensor, "tokens d_model"]:
     """Dispatch and combine as two einsums around the experts: a second opinion, not for speed.
 
-    Arguments and result are those of `sorted_rows`. Each expert gets as many rows as the busiest
-    one, filled up with zeros.
+    Arguments and result are those of `sorted_rows`. Every expert gets as many rows as the busiest
+    one; those it lacks are zeros.
 
     Source: Lepikhin et al. 2020 (2006.16668), algorithm 1.
     """
@@ -190,7 +187,7 @@ def one_hot_einsum(
     n_experts, capacity, _ = rows.shape
     counts = torch.full((n_experts,), capacity, device=x.device)
     outputs = experts(rows.flatten(0, 1), counts).unflatten(0, (n_experts, capacity))
-    # The weight of each token at each expert: its slot's, where it has one.
+    # The weight of each token at each expert, 0 where no slot of it holds that expert.
     share = routing.weights.new_zeros(len(x), n_experts + 1)
     share = share.scatter_add(1, routing.experts, routing.weights)[:, :-1].to(outputs.dtype)
     return einsum(
@@ -204,8 +201,8 @@ def one_hot_einsum(
 def one_hot(routing: Routing) -> Float[Tensor, "tokens n_experts capacity"]:
     """GShard's dispatch tensor: 1 where a token takes a place of an expert, in token order.
 
-    `capacity` is the number of tokens of the busiest expert. The tensor has tokens * n_experts *
-    capacity entries, of which tokens * slots are not 0: that is what the sorted rows do without.
+    Here `capacity` is the number of tokens of the busiest expert. Of tokens * n_experts * capacity
+    entries only tokens * slots are not 0: sorted rows do without the others.
 
     Source: Lepikhin et al. 2020 (2006.16668), algorithm 1.
     """

@@ -18,9 +18,9 @@ from .kernels.grouped_linear import GroupedLinear, of
 class Experts(nn.Module):
     """n_experts feed-forward blocks, each applied to its own run of rows.
 
-    `gate_up` is [n_experts, 2 * d_ff, d_model], the rows of the gate first; blocks without a gate
-    have `up`, [n_experts, d_ff, d_model]. `down` is [n_experts, d_model, d_ff]. Biases, if any,
-    are `gate_up_bias` or `up_bias`, and `down_bias`. Hugging Face models use the same layout.
+    The parameters are laid out as in Hugging Face models: `gate_up` [n_experts, 2 * d_ff, d_model],
+    the rows of the gate first, or without a gate `up` [n_experts, d_ff, d_model]; and `down`
+    [n_experts, d_model, d_ff]. Biases have the same names with `_bias` at the end.
 
     | backend | how | takes |
     |---|---|---|
@@ -94,15 +94,14 @@ class Experts(nn.Module):
         self, rows: Float[Tensor, "rows d_model"], counts: Int[Tensor, " n_experts"]
     ) -> Float[Tensor, "rows d_model"]:
         """Apply expert e to the next counts[e] rows, for every e in order."""
-        if (dtype := autocast_dtype(rows)) is not None:
-            rows = rows.to(dtype)
+        rows = rows.to(autocast_dtype(rows) or rows.dtype)
         self._check(rows, counts)
         return BACKENDS[self._choose(rows, counts)].run(rows, counts, self)
 
     def _check(self, rows: Tensor, counts: Tensor) -> None:
         if rows.shape[-1] != self.d_model:
             raise ValueError(f"rows have {rows.shape[-1]} features, not d_model={self.d_model}")
-        # A GPU would have to wait for the sum, a graph has none yet.
+        # The host would have to wait for a GPU's sum, and a graph has none yet.
         known = counts.device.type == "cpu" and not torch.compiler.is_compiling()
         if known and counts.sum() != len(rows):
             raise ValueError(f"counts sum to {counts.sum()}, but there are {len(rows)} rows")
@@ -139,7 +138,7 @@ def auto_takes_grouped(rows: Tensor, counts: Tensor, experts: Experts) -> bool:
     """Whether grouped_mm is the faster backend for these rows, and can take them."""
     if not supports_grouped(rows, experts):
         return False
-    if torch.compiler.is_compiling():  # counts are not known yet, grouped_mm in bfloat16 only
+    if torch.compiler.is_compiling():  # no counts yet, and grouped_mm in bfloat16 only
         return rows.is_cuda and rows.dtype == torch.bfloat16
     if rows.device.type != "cpu" or rows.dtype != torch.bfloat16:
         return rows.is_cuda
@@ -164,17 +163,17 @@ def run_loop(
         return GroupedLinear.apply(hidden, sizes, w_out, b_out)
     y = torch.empty_like(rows)
     for e, (run, place) in enumerate(zip(rows.split(sizes), y.split(sizes), strict=True)):
-        if sizes[e]:  # a whole expert at a time: its hidden rows are still in the cache
+        if sizes[e]:  # both products of an expert at once: its hidden rows are in the CPU's cache
             hidden = activate(cpu.linear(run, w_in[e], of(b_in, e)), experts.activation)
             place.copy_(cpu.linear(hidden, w_out[e], of(b_out, e)))
     return y
 
 
 def plain_loop(rows: Tensor, sizes: list[Any], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The products alone, for a graph: it makes its own backward."""
+    """One projection, for a graph, which makes its own backward."""
     runs = rows.split(sizes)
     y = torch.cat([F.linear(run, weight[e], of(bias, e)) for e, run in enumerate(runs)])
-    torch._check(y.shape[0] == rows.shape[0])  # torch.export can't see what the sizes sum to
+    torch._check(y.shape[0] == rows.shape[0])  # torch.export can't tell what the sizes sum to
     return y
 
 
@@ -184,7 +183,7 @@ def plain_loop(rows: Tensor, sizes: list[Any], weight: Tensor, bias: Tensor | No
 def run_padded(
     rows: Float[Tensor, "rows d_model"], counts: Int[Tensor, " n_experts"], experts: Experts
 ) -> Float[Tensor, "rows d_model"]:
-    """One batched product: each run padded with zeros to the longest. One hot expert pads all."""
+    """One batched product, every run padded with zeros to the longest, however long that is."""
     longest = max(sizes_of(counts, rows))
     starts = counts.cumsum(0) - counts
     place = torch.arange(longest, device=rows.device)
@@ -199,7 +198,7 @@ def run_padded(
     w_in, b_in, w_out, b_out = weights_of(experts)
     hidden = project(padded.masked_fill(empty[..., None], 0), w_in, b_in)
     y = project(activate(hidden, experts.activation), w_out, b_out)
-    # Where each row went: its place among those of its expert, longest places after the last one.
+    # Where each row lies in y: its place in its run, every run being `longest` places long.
     owner = torch.arange(len(counts), device=rows.device)
     owner = owner.repeat_interleave(counts, output_size=len(rows))
     cell = torch.arange(len(rows), device=rows.device) - starts[owner] + owner * longest
@@ -209,11 +208,11 @@ def run_padded(
 def run_grouped(
     rows: Float[Tensor, "rows d_model"], counts: Int[Tensor, " n_experts"], experts: Experts
 ) -> Float[Tensor, "rows d_model"]:
-    """All products of a projection in one call: row i times the weight of the run it lies in."""
+    """All products of a projection in one call of torch's grouped_mm."""
     ends = counts.cumsum(0).to(torch.int32)
 
     def project(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight = weight.to(rows.dtype)  # autocast does that for F.linear, but not for grouped_mm
+        weight = weight.to(rows.dtype)  # as autocast does for F.linear alone
         y = F.grouped_mm(rows.contiguous(), weight.mT, offs=ends)
         if bias is None:
             return y
@@ -240,7 +239,7 @@ class Backend:
     """One way to apply every expert to its rows: the whole block, so that a fused kernel fits.
 
     Attributes:
-        run: `run(rows, counts, experts)` gives the outputs, row by row; rows lie in expert order.
+        run: `run(rows, counts, experts)` gives the outputs of rows that lie in expert order.
         takes: what rows it takes, in words.
         supports: `supports(rows, experts)`: whether these are such rows.
     """
@@ -267,7 +266,7 @@ def weights_of(experts: Experts) -> tuple[Tensor, Tensor | None, Tensor, Tensor 
 
 
 def sizes_of(counts: Tensor, rows: Tensor) -> list[Any]:
-    """The counts as numbers, or symbols in torch.export; on the meta device any that fit."""
+    """The counts as numbers; symbols in torch.export; any that fit on the meta device."""
     if counts.is_meta:
         return [len(rows)] + [0] * (len(counts) - 1)
     return counts.tolist()

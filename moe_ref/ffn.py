@@ -22,9 +22,8 @@ ACTIVATIONS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
 class FeedForward(nn.Module):
     """y = down(act(up(x))), or with a gate y = down(act(gate(x)) * up(x)).
 
-    A gated block keeps both input projections in `gate_up`, weight [2 * d_ff, d_model], the rows
-    of the gate first; an ungated one has `up`, weight [d_ff, d_model]. Both have `down`, weight
-    [d_model, d_ff].
+    A gated block has both input projections in `gate_up`, weight [2 * d_ff, d_model], the rows of
+    the gate first; an ungated one has `up`, weight [d_ff, d_model].
 
     Args:
         d_model: features of a token.
@@ -36,7 +35,6 @@ class FeedForward(nn.Module):
         ValueError: if a size is below 1 or the activation is unknown.
 
     Example:
-        >>> import torch
         >>> block = FeedForward(d_model=4, d_ff=6)
         >>> block(torch.randn(2, 3, 4)).shape
         torch.Size([2, 3, 4])
@@ -75,7 +73,7 @@ def activate(hidden: Float[Tensor, "... hidden"], activation: str) -> Float[Tens
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What torch.autocast multiplies in on x's device; None without it, as on the meta device."""
+    """The dtype of torch.autocast on the device of x; None without it, and on the meta device."""
     kind = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(kind):
         return None

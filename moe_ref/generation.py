@@ -3,7 +3,6 @@
 import reprlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ._validate import check_sizes
 from .kv_cache import ContiguousCache
-from .model import Transformer
+from .model import Transformer, evaluating
 
 
 def generate(
@@ -36,7 +35,6 @@ def generate(
         ValueError: as `stream` does.
 
     Example:
-        >>> from moe_ref import Transformer, TransformerConfig
         >>> model = Transformer(TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48))
         >>> generate(model, torch.tensor([[3, 1, 4]]), 5).shape
         torch.Size([1, 8])
@@ -60,20 +58,20 @@ def stream(
     Args:
         model: computes as in evaluation, and is left in the mode it was in.
         prompt: token ids, at least one; all sequences are equally long, without padding.
-        length: new tokens of each sequence, at most.
+        length: the most new tokens of each sequence.
         temperature: 0 takes the likeliest token; else logits are divided by it before sampling.
         top_p: sample from the fewest likeliest tokens whose probabilities add up to it.
         seed: of the sampling; the same seed draws the same text on the same machine.
-        stop: a sequence that made this id repeats it, and the stream ends when all have.
+        stop: the id that ends a sequence, which then repeats it; the stream ends when all have
+            ended. None: none does.
 
     Returns:
         An iterator over the new tokens: one for each sequence, up to `length` times.
 
     Raises:
-        ValueError: if an argument is impossible, or a router is not causal, as expert choice.
+        ValueError: if an argument is impossible, or a router is not causal, like expert choice.
 
     Example:
-        >>> from moe_ref import Transformer, TransformerConfig
         >>> model = Transformer(TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48))
         >>> len(list(stream(model, torch.tensor([[3, 1, 4]]), 5)))
         5
@@ -84,7 +82,6 @@ def stream(
     return _decode(model, prompt, length, choose, stop)
 
 
-@torch.no_grad()
 def _decode(
     model: Transformer,
     prompt: Int[Tensor, "batch seq"],
@@ -98,12 +95,8 @@ def _decode(
     tokens = prompt.to(weight.device)
     done = torch.zeros(batch, dtype=torch.bool, device=weight.device)
     for _ in range(length):
-        mode = model.training
-        try:
-            logits = model.eval()(tokens, cache=cache).logits[:, -1]
-        finally:
-            model.train(mode)
-        chosen = choose(logits)
+        with evaluating(model):  # for each token, as the caller may train between two of them
+            chosen = choose(model(tokens, cache=cache).logits[:, -1])
         if stop is not None:
             chosen = chosen.masked_fill(done, stop)
             done |= chosen == stop
@@ -119,15 +112,12 @@ def sample(
     top_p: float,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " batch"]:
-    """One token for each row.
+    """The id of one token for each row.
 
     Args:
         logits: of the next token.
         temperature, top_p: as in `stream`.
         generator: of the random numbers; None: torch's own.
-
-    Returns:
-        Token ids.
 
     Example:
         >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0.0, top_p=1.0)
@@ -149,10 +139,15 @@ def sample(
 def _check(
     model: Transformer, prompt: Tensor, length: int, temperature: float, top_p: float
 ) -> None:
+    wanted = (
+        "token ids are wanted, a tensor of integers [batch, seq]. Encode text with a tokenizer"
+        " first; prompt[None] makes one sequence a batch"
+    )
     if not isinstance(prompt, Tensor):
-        _refuse(f"prompt={reprlib.repr(prompt)} is a {type(prompt).__name__}")
+        kind = type(prompt).__name__
+        raise ValueError(f"prompt={reprlib.repr(prompt)} is a {kind}: {wanted}")
     if prompt.ndim != 2 or prompt.dtype not in (torch.int32, torch.int64):
-        _refuse(f"prompt holds {prompt.dtype} with shape {list(prompt.shape)}")
+        raise ValueError(f"prompt holds {prompt.dtype} with shape {list(prompt.shape)}: {wanted}")
     if 0 in prompt.shape:
         raise ValueError("the prompt is empty: give at least one token, such as the end-of-text")
     if not isinstance(length, int):
@@ -168,10 +163,3 @@ def _check(
                 f"{type(module).__name__} is not causal: which experts a token gets depends on"
                 " tokens that come after it, and those do not exist yet during generation"
             )
-
-
-def _refuse(prompt: str) -> NoReturn:
-    raise ValueError(
-        f"{prompt}: token ids are wanted, a tensor of integers [batch, seq]. Encode text with a"
-        " tokenizer first; prompt[None] makes one sequence a batch"
-    )

@@ -1,4 +1,4 @@
-"""What is kept of the tokens read so far, so that the next ones need not read them again."""
+"""The key-value cache: what attention keeps of the tokens read so far."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -11,30 +11,16 @@ from ._validate import check_sizes
 
 
 @runtime_checkable
-class AttentionConfig(Protocol):
-    """What attention and its cache read off a model's configuration, a `TransformerConfig`."""
-
-    @property
-    def n_layers(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_features(self) -> int: ...
-    @property
-    def rope_theta(self) -> float: ...
-
-
-@runtime_checkable
 class KVCache(Protocol):
     """The keys and values of the tokens read so far, of every block and every sequence.
 
     Position p of a sequence is its token number p, counted from 0. A forward pass calls `begin`
-    once, `extend` once in each block, and `commit` when all blocks are done. Only then does what
-    the step stored count, so a step that breaks half-way leaves no trace.
+    once, `extend` once in each block, and `commit` when all blocks are done. Until then nothing
+    counts as stored, so a step that breaks half-way leaves no trace.
 
     Attributes:
-        lengths: tokens that each sequence holds, on the CPU so that nobody waits for a GPU. Set an
-            entry to less, and the last tokens of that sequence are forgotten.
+        lengths: tokens that each sequence holds, on the CPU so that the host need not wait for a
+            GPU. Lower an entry to forget the last tokens of that sequence.
         made_for: the batch and model that the cache fits, as `cache_sizes` lists them.
     """
 
@@ -58,10 +44,10 @@ class KVCache(Protocol):
         Float[Tensor, "batch kv_heads total features"],
         Float[Tensor, "batch kv_heads total features"],
     ]:
-        """Store what a block made of the step's tokens; return that of all tokens.
+        """Store a block's keys and values of the step's tokens; return those of all tokens.
 
         Index p holds position p, and `total` is the length of the longest sequence, at least 1.
-        Past the end of a shorter one stands anything finite.
+        Past the end of a shorter one there may be anything finite.
         """
 
     def commit(self) -> None:
@@ -72,17 +58,15 @@ class ContiguousCache:
     """A `KVCache` with one stretch of memory for each sequence.
 
     Args:
-        config: of the model it is for.
-        batch: sequences.
+        config: the `TransformerConfig` of the model it is for.
+        batch: number of sequences.
         length: tokens that each sequence has room for.
-        device: that of the model.
-        dtype: that of the model.
+        device, dtype: those of the model.
 
     Raises:
         ValueError: if a size is below 1; later, if there is no room for the tokens of a step.
 
     Example:
-        >>> from moe_ref import Transformer, TransformerConfig
         >>> model = Transformer(TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48))
         >>> cache = ContiguousCache(model.config, batch=2, length=8)
         >>> mask = torch.tensor([[True, True, True], [True, True, False]])
@@ -94,7 +78,7 @@ class ContiguousCache:
 
     def __init__(
         self,
-        config: AttentionConfig,
+        config: Any,
         batch: int,
         length: int,
         *,
@@ -103,7 +87,7 @@ class ContiguousCache:
     ) -> None:
         check_sizes(batch=batch, length=length)
         shape = (config.n_layers, batch, config.kv_heads, length, config.head_features)
-        # Zeros, as a key that is not seen has weight 0, but 0 times what memory held may be NaN.
+        # Zeros: an unseen value has weight 0, but fresh memory may hold NaN, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.length = length
@@ -120,16 +104,16 @@ class ContiguousCache:
         if mask is not None or not all_equal(self.lengths):
             mask = torch.ones(len(self.lengths), seq, dtype=torch.bool) if mask is None else mask
             rows, columns = mask.nonzero(as_tuple=True)
-            slots = next_positions(self.lengths, seq, mask)[rows, columns]
-            self._scattered = torch.stack([rows, columns, slots]).to(self.keys.device)
+            at = next_positions(self.lengths, seq, mask)[rows, columns]
+            self._scattered = torch.stack([rows, columns, at]).to(self.keys.device)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
             if self._scattered is None:
                 store[:, :, self._new] = new
             else:
-                rows, columns, slots = self._scattered
-                store[rows, :, slots] = new[rows, :, columns].to(store.dtype)
+                rows, columns, at = self._scattered
+                store[rows, :, at] = new[rows, :, columns].to(store.dtype)
         return self.keys[layer, :, :, self._all], self.values[layer, :, :, self._all]
 
     def commit(self) -> None:
@@ -141,17 +125,15 @@ class ContiguousCache:
 
 
 def cache_sizes(
-    config: AttentionConfig, batch: int, dtype: torch.dtype, device: torch.device
+    config: Any, batch: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """What a cache and the model that reads it must agree on."""
     sizes = {name: getattr(config, name) for name in ("n_layers", "kv_heads", "head_features")}
     return {"batch": batch, **sizes, "dtype": dtype, "device": device}
 
 
-def check_cache(
-    cache: KVCache, config: AttentionConfig, x: Float[Tensor, "batch seq d_model"]
-) -> None:
-    """Raise a ValueError that names in what a cache does not fit the model or the tokens."""
+def check_cache(cache: KVCache, config: Any, x: Float[Tensor, "batch seq d_model"]) -> None:
+    """Raise a ValueError that names what in a cache does not fit the model or the tokens."""
     for name, value in cache_sizes(config, len(x), x.dtype, x.device).items():
         if (made_for := cache.made_for[name]) != value:
             raise ValueError(f"the cache was made for {name}={made_for}, not {name}={value}")
@@ -160,11 +142,11 @@ def check_cache(
 def next_positions(
     lengths: Int[Tensor, " batch"], seq: int, mask: Bool[Tensor, "batch seq"] | None
 ) -> Int[Tensor, "batch seq"]:
-    """Where the next tokens of each sequence stand; padding, where the token before it stands."""
+    """Positions of the next tokens of each sequence; padding has that of the token before it."""
     counted = torch.arange(seq)[None] if mask is None else mask.long().cumsum(dim=1) - 1
     return (lengths[:, None] + counted).clamp(min=0)
 
 
 def all_equal(lengths: Int[Tensor, " batch"]) -> bool:
-    """Whether all sequences are equally long, so that slices and one row of positions serve."""
+    """Whether all sequences are equally long, so that slices and one row of positions will do."""
     return bool((lengths == lengths[:1]).all())

@@ -1,7 +1,7 @@
 """The Mixture-of-Experts layer: route, dispatch, compute, combine."""
 
 from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -13,34 +13,30 @@ from .routing import Routing
 
 
 class MoELayer(nn.Module):
-    """Takes the place of a feed-forward block: every token visits only the experts it is sent to.
+    """Takes the place of a feed-forward block: each token visits only the experts it is routed to.
 
     y = sum over a token's slots of weight * expert(x), plus shared(x) if there is one.
 
-    What torch's transforms make of it:
-
-    | transform | works | does not |
+    | torch's transform | works for | fails for |
     |---|---|---|
-    | `torch.func.grad`, the meta device | every backend | |
-    | `torch.func.jvp` | loop, padded | grouped: torch's grouped_mm has no forward mode |
-    | `torch.compile` | every backend; grouped in bfloat16 as one graph | loop and padded as one \
-graph: reading how many rows each expert gets breaks it, once |
-    | `torch.export` | every backend, of a `TensorOnly` | a capacity rule, expert choice |
-    | `torch.vmap` | | how many rows an expert gets differs from sample to sample |
+    | `func.grad`, the meta device | every backend | |
+    | `func.jvp` | loop, padded | grouped: torch's grouped_mm has no forward mode |
+    | `compile` | every backend | |
+    | `compile`, full graph | grouped in bfloat16 | others: reading the counts breaks it |
+    | `export` | every backend, in a `TensorOnly` | a capacity rule, expert choice |
+    | `vmap` | | every backend: the number of rows of an expert differs between samples |
 
     Args:
         router: hidden states in, a `Routing` out; for instance a `TopKRouter`.
         experts: the stacked blocks.
         capacity: a rule that edits the routing, such as a `Capacity`; None: no expert is ever full.
-        shared: a block that every token visits, whatever the router says.
+        shared: a block that every token visits, whatever the router decides; None: there is none.
         dispatch: how tokens get to their experts: one of the functions of `moe_ref.dispatch`.
 
     Raises:
         ValueError: if the parts don't fit each other; in the call, if the input doesn't fit them.
 
     Example:
-        >>> import torch
-        >>> from moe_ref import TopKRouter
         >>> layer = MoELayer(TopKRouter(d_model=4, n_experts=8, k=2), Experts(8, d_model=4, d_ff=6))
         >>> y, routing = layer(torch.randn(2, 5, 4))
         >>> y.shape, routing.experts.shape
@@ -49,13 +45,6 @@ graph: reading how many rows each expert gets breaks it, once |
     Source: Shazeer et al. 2017 (1701.06538), equation 1; shared experts: DeepSeekMoE 2401.06066.
     """
 
-    router: Any
-    experts: Experts
-    capacity: Callable[[Routing], Routing] | None
-    shared: nn.Module | None
-    dispatch: Dispatch
-
-    @no_type_check  # wrong parts are refused by name below
     def __init__(
         self,
         router: Router,
@@ -68,7 +57,7 @@ graph: reading how many rows each expert gets breaks it, once |
         super().__init__()
         check_router(router)
         check_parts(router, experts, capacity, shared, dispatch)
-        self.router = router
+        self.router: Any = router
         self.experts = experts
         self.capacity = capacity
         self.shared = shared
@@ -85,8 +74,8 @@ graph: reading how many rows each expert gets breaks it, once |
 
         Args:
             x: hidden states; the axes before the last are taken together as tokens.
-            mask: False at padding, which is not routed and gets 0.
-            token_ids: for routers that go by the token itself.
+            mask: False at padding, which is not routed and gets 0; None: there is none.
+            token_ids: ids of the tokens, for a router that needs them, such as a `HashRouter`.
         """
         self._check(x, mask)
         tokens = x.reshape(-1, x.shape[-1])
@@ -97,7 +86,11 @@ graph: reading how many rows each expert gets breaks it, once |
             routing = self.capacity(routing)
         y = self.dispatch(tokens, routing, self.experts)
         if self.shared is not None:
-            y = y + visit(self.shared, tokens, flat_mask)
+            if flat_mask is None:
+                y = y + self.shared(tokens)
+            else:  # padding is 0 on the way in too: it may hold NaN
+                padding = ~flat_mask[:, None]
+                y = y + self.shared(tokens.masked_fill(padding, 0)).masked_fill(padding, 0)
         return y.reshape(x.shape), routing
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
@@ -115,19 +108,16 @@ graph: reading how many rows each expert gets breaks it, once |
 
 
 class TensorOnly(nn.Module):
-    """An `MoELayer` for a model that expects a tensor from its feed-forward block.
+    """A `MoELayer` for a model that expects a tensor from its feed-forward block.
 
-    Where the layer returns (y, routing), this returns y and hands the routing to a callback, which
-    may keep it for a balance loss. With activation checkpointing the callback is called again when
-    the layer is computed again.
+    It returns y alone and hands the routing to a callback, which may keep it for a balance loss.
+    Activation checkpointing computes the layer again, and so calls the callback again.
 
     Args:
         layer: the layer.
         on_routing: called with the `Routing` of each forward; None: the routing is dropped.
 
     Example:
-        >>> import torch
-        >>> from moe_ref import TopKRouter
         >>> layer = MoELayer(TopKRouter(d_model=4, n_experts=8, k=2), Experts(8, d_model=4, d_ff=6))
         >>> routings = []
         >>> model = nn.Sequential(nn.Linear(3, 4), TensorOnly(layer, routings.append))
@@ -166,15 +156,3 @@ def check_parts(
         raise ValueError(f"shared={shared!r} is no module, such as FeedForward(d_model, d_ff)")
     if not callable(dispatch):
         raise ValueError(f"dispatch={dispatch!r} is no function (x, routing, experts) -> y")
-
-
-def visit(
-    block: nn.Module,
-    tokens: Float[Tensor, "tokens d_model"],
-    mask: Bool[Tensor, " tokens"] | None,
-) -> Float[Tensor, "tokens d_model"]:
-    """Every token through one block; padding gets 0."""
-    if mask is None:
-        return block(tokens)
-    padding = ~mask[:, None]  # set to 0 on the way in too: it may hold NaN
-    return block(tokens.masked_fill(padding, 0)).masked_fill(padding, 0)

@@ -8,10 +8,12 @@ grouped-query attention, SwiGLU. `mlp` is a `FeedForward` or a `MoELayer`.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -31,24 +33,24 @@ class TransformerConfig:
     """The shape of a `Transformer`; without `n_experts` every block is dense.
 
     Args:
-        vocab_size: different token ids.
+        vocab_size: number of token ids.
         d_model: features of a token.
         n_layers: blocks.
         n_heads: heads of queries, of d_model / n_heads features each.
         d_ff: hidden features of a dense block, or of each expert.
         n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads heads of queries;
             None: n_heads.
-        n_experts: experts of a MoE block; 0: no block is one.
+        n_experts: experts of a MoE block; 0: no block is MoE.
         k: experts that serve a token.
-        every: the last of every so many blocks is MoE; 1: all are.
+        every: 1: all blocks are MoE; 2: every second one, the second first; and so on.
         d_dense: hidden features of the dense blocks among MoE blocks; None: k * d_ff, which costs
             the same FLOPs.
         d_shared: hidden features of a shared expert, which every token visits; 0: none.
-        router: a name from `routers.ROUTERS`, or a class of your own: see `routers.Router`.
+        router: a name in `routers.ROUTERS`, or a class of your own: see `routers.Router`.
         router_options: further keyword arguments of its constructor.
-        capacity_factor: factor of `Capacity`; infinity: nothing is dropped.
+        capacity_factor: factor of `Capacity`; infinity: no limit.
         capacity_options: further keyword arguments of `Capacity`.
-        tied: whether the head's weight is the embedding's.
+        tied: whether the head has the embedding's weight.
         rope_theta: base of the rotary angles.
         norm_eps: added to the mean square in RMSNorm.
         backend: of the `Experts`.
@@ -57,11 +59,9 @@ class TransformerConfig:
         ValueError: if a size is impossible or a name unknown.
 
     Example:
-        >>> from dataclasses import replace
-        >>> dense = TransformerConfig(vocab_size=100, d_model=32, n_layers=2, n_heads=4, d_ff=96)
-        >>> moe = replace(dense, n_experts=8, k=2, d_ff=48)
-        >>> [moe.is_moe(layer) for layer in range(2)]
-        [True, True]
+        >>> config = TransformerConfig(100, 32, 4, n_heads=4, d_ff=48, n_experts=8, every=2)
+        >>> [config.is_moe(layer) for layer in range(4)]
+        [False, True, False, True]
     """
 
     vocab_size: int
@@ -119,7 +119,7 @@ class Output:
     """What a `Transformer` returns.
 
     Attributes:
-        logits: of the token that comes next, at every position.
+        logits: of the next token, at every position.
         routings: the decision of each MoE block, in order.
     """
 
@@ -137,8 +137,6 @@ class Transformer(nn.Module):
         config: its shape.
 
     Example:
-        >>> import torch
-        >>> from moe_ref import Transformer, TransformerConfig
         >>> config = TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48, n_experts=8)
         >>> Transformer(config)(torch.tensor([[3, 1, 4, 1, 5]]))
         Output(logits=[1, 5, 100], routings=2)
@@ -173,22 +171,22 @@ class Transformer(nn.Module):
 
         Args:
             tokens: ids, 0 to vocab_size - 1.
-            positions: where each token stands in its sequence, counted from 0; a token sees those
-                of its sequence at positions up to its own. None: each sequence goes on where the
-                cache ends it, or begins at 0. With a cache, no other positions are possible.
+            positions: of each token in its sequence, from 0; a token sees those of its sequence at
+                positions up to its own. None: a sequence goes on where the cache ends, or begins
+                at 0. With a cache, no other positions are possible.
             mask: False at padding, before or after the tokens of a sequence: it is not routed, not
-                stored, and seen by no token; its own logits mean nothing. None: no padding.
-            cache: holds the tokens before these, and takes these in.
-
-        Returns:
-            The logits, and the routing of each MoE block.
+                stored and not seen, and its own logits mean nothing. None: no padding.
+            cache: holds the tokens before these, and stores these too.
 
         Raises:
             ValueError: if tokens are not in the vocabulary, positions or mask do not fit them, or
                 the cache has no room for them or was made for another model or batch.
         """
-        if tokens.device.type == "cpu" and tokens.numel():  # a GPU would have to be waited for
-            self._check(tokens)
+        if tokens.device.type == "cpu" and tokens.numel():  # the host would wait for a GPU
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise ValueError(f"token {wrong} is not one of vocab_size={self.config.vocab_size}")
         x = self.embedding(tokens)
         step = prepare(self.config, x, positions, mask, cache)
         routings = []
@@ -201,19 +199,13 @@ class Transformer(nn.Module):
             cache.commit()
         return output
 
-    def _check(self, tokens: Tensor) -> None:
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.config.vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token {wrong} is not one of vocab_size={self.config.vocab_size}")
-
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
         config: of the model.
-        layer: number of the block, from 0: it decides whether `mlp` is MoE.
+        layer: number of the block, from 0, which decides whether `mlp` is MoE.
     """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
@@ -246,8 +238,7 @@ def make_mlp(config: TransformerConfig, layer: int) -> FeedForward | MoELayer:
         return FeedForward(config.d_model, config.d_ff)
     if not config.is_moe(layer):
         return FeedForward(config.d_model, config.d_dense or config.k * config.d_ff)
-    names = ("d_model", "n_experts", "k", "vocab_size")
-    sizes = {name: getattr(config, name) for name in names}
+    sizes = {name: getattr(config, name) for name in ("d_model", "n_experts", "k", "vocab_size")}
     capacity = None
     if not math.isinf(config.capacity_factor):
         capacity = Capacity(config.capacity_factor, **config.capacity_options)
@@ -262,9 +253,9 @@ def make_mlp(config: TransformerConfig, layer: int) -> FeedForward | MoELayer:
 def upcycle(dense: Transformer, n_experts: int, *, k: int = 2, every: int = 1) -> Transformer:
     """A MoE model that computes what the dense one does, to train on from there.
 
-    Each expert begins as a copy of the dense block and the router at random. The weights of a
-    token's k experts sum to 1, so k equal outputs add up to the output of the block. The MoE block
-    costs k times its FLOPs.
+    Each expert begins as a copy of the dense block, and the router at random. The weights of a
+    token's k experts sum to 1, so k equal outputs add up to the output of the dense block, for k
+    times its FLOPs.
 
     Args:
         dense: a model without experts; it stays as it is.
@@ -274,10 +265,9 @@ def upcycle(dense: Transformer, n_experts: int, *, k: int = 2, every: int = 1) -
         A new model, on the device and with the dtype of the dense one.
 
     Raises:
-        ValueError: if the model has experts already, or the sizes don't fit.
+        ValueError: if the model has experts already, or a size is impossible.
 
     Example:
-        >>> import torch
         >>> dense = Transformer(TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48))
         >>> moe, tokens = upcycle(dense, n_experts=8), torch.tensor([[3, 1, 4]])
         >>> torch.allclose(moe(tokens).logits, dense(tokens).logits, atol=1e-5)
@@ -300,3 +290,16 @@ def upcycle(dense: Transformer, n_experts: int, *, k: int = 2, every: int = 1) -
             copied[stacked].copy_(tensor.expand_as(copied[stacked]))
     parameter = dense.embedding.weight
     return model.to(parameter.device, parameter.dtype)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient; afterwards each part of the model has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -15,12 +15,10 @@ from torch import Tensor
 class Routing:
     """A sparse token-by-expert matrix: at most `slots` entries in each row.
 
-    A slot that nobody serves (dropped, padding, unused) holds expert `n_experts` and weight 0.
-    Weights, logits and scores are float32, or float64 in a float64 model.
+    A slot that no expert serves (dropped, padding or unused) holds expert `n_experts`, called
+    nobody, and weight 0. Weights, logits and scores are float32, or float64 in a float64 model.
 
     Example:
-        >>> import torch
-        >>> from moe_ref import TopKRouter
         >>> TopKRouter(d_model=4, n_experts=3, k=3)(torch.ones(5, 4))
         Routing(tokens=5, slots=3, n_experts=3, demand=[5, 5, 5], served=[5, 5, 5])
     """
@@ -69,10 +67,9 @@ class Routing:
 
     @property
     def entropy(self) -> Float[Tensor, ""]:
-        """How undecided the router is: mean entropy of a token's scores in nats, 0 to log E."""
-        shares = self.scores / self.scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-        nats = torch.special.entr(shares).sum(dim=-1)
-        return nats.sum() / self.mask.sum().clamp(min=1)  # padding has zero scores, so adds 0
+        """How undecided the router is: mean entropy of a token's scores, in nats."""
+        nats = torch.special.entr(normalized(self.scores)).sum()  # padding has scores of 0, adds 0
+        return nats / self.mask.sum().clamp(min=1)
 
     def __repr__(self) -> str:
         tokens, slots = self.experts.shape
@@ -98,11 +95,11 @@ def decide(
     scores: Float[Tensor, "tokens n_experts"],
     mask: Bool[Tensor, " tokens"] | None = None,
 ) -> Routing:
-    """The `Routing` of these choices: padding is served by nobody and asks for nobody.
+    """The `Routing` of these choices, in which padding asks for no expert and gets none.
 
     Args:
         experts: the choice for each slot; `n_experts` where a slot stays unused.
-        weights: of the choices.
+        weights: of the chosen experts.
         logits, scores: of all experts.
         mask: False at padding; None: no padding.
     """
@@ -117,15 +114,16 @@ def decide(
 
 
 def count(experts: Int[Tensor, "*assignments"], n_experts: int) -> Int[Tensor, " n_experts"]:
-    """How often each expert occurs; the entry `n_experts`, nobody, is not counted.
+    """How often each expert occurs; nobody, `n_experts`, is not counted.
 
-    Raises ValueError, on a CPU, if there is an entry below 0 or above that.
+    Raises:
+        ValueError: on a CPU, for an id below 0 or above `n_experts`.
     """
     chosen = experts.flatten()
     totals = chosen.new_zeros(n_experts + 1)
     try:
         return totals.scatter_add(0, chosen, torch.ones_like(chosen))[:n_experts]
-    except RuntimeError:  # looked for only now, as a check in advance would cost every call
+    except RuntimeError:  # looked for only now: a check in advance would slow down every call
         wrong = chosen[(chosen < 0) | (chosen > n_experts)].tolist()
         if not wrong:
             raise
@@ -148,7 +146,12 @@ def top_k(scores: Float[Tensor, "tokens n_experts"], k: int) -> Int[Tensor, "tok
     return ordered.long().mul_(n_experts).add_(falling).topk(k, dim=-1).indices
 
 
+def normalized(scores: Float[Tensor, "tokens n_experts"]) -> Float[Tensor, "tokens n_experts"]:
+    """Scores divided by their sum per token, as softmax scores already are; padding stays 0."""
+    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+
+
 def _in_short(counts: Int[Tensor, " n_experts"]) -> str:
-    """All counts if they are few, else the range of them."""
+    """All counts if they are few, else their range."""
     numbers = counts.tolist()
     return str(numbers) if len(numbers) <= 16 else f"{min(numbers)} to {max(numbers)}"

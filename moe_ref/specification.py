@@ -1,8 +1,9 @@
 """The naive specification of each piece: one token, one slot, one expert at a time, no cleverness.
 
-Written from the papers, so that a reader can see they are right. Everything faster is compared with
-them, outputs and gradients (autograd differentiates the loops as they stand). A decision is a list
-of slots for each token, a slot being the pair (expert, weight); nobody is expert `n_experts`.
+It is written from the papers, so that a reader can see that it is right. Everything faster is
+compared with it, outputs and gradients (autograd differentiates the loops as they stand). A
+decision is a list of slots for each token; a slot is a pair (expert, weight), and the expert
+`n_experts` is nobody.
 """
 
 import math
@@ -53,7 +54,7 @@ def feed_forward(
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """exp of each logit over their sum; less the largest first, so that exp can't overflow."""
+    """exp of each logit over their sum; the largest is subtracted so that exp can't overflow."""
     powers = torch.exp(logits - logits.detach().max())
     return powers / powers.sum()
 
@@ -86,7 +87,7 @@ class Decision:
 
     @property
     def real(self) -> list[int]:
-        """The tokens that are no padding."""
+        """The tokens that are not padding."""
         return [t for t, real in enumerate(self.mask) if real]
 
 
@@ -207,7 +208,7 @@ def queue(decision: Decision, priority: str) -> list[tuple[int, int]]:
 
 
 def drop(decision: Decision, limit: int, priority: str) -> Decision:
-    """Who comes to a full expert is served by nobody; the others keep their weights."""
+    """A slot that comes to a full expert gets nobody; the others keep their weights."""
     slots = [list(row) for row in decision.slots]
     served = [0] * (decision.n_experts + 1)
     for t, s in queue(decision, priority):
@@ -280,7 +281,7 @@ def moe(
 
 
 def add_up(values: Iterable[Tensor]) -> Tensor:
-    """The sum of these scalars, 0 of none."""
+    """The sum of these scalars, 0 if there are none."""
     return sum(values, start=torch.zeros(()))
 
 
@@ -301,7 +302,7 @@ def importance_loss(decision: Decision) -> Tensor:
 
 
 def load_loss(logits: Tensor, noisy: Tensor, sigma: Tensor, k: int, mask: Sequence[bool]) -> Tensor:
-    """Shazeer 2017, equations 8 to 10: chance of each expert if its own noise is drawn anew."""
+    """Shazeer 2017, equations 8 to 10: chance of each expert if its own noise is drawn again."""
     n_experts = logits.shape[1]
     load = [torch.zeros(()) for _ in range(n_experts)]
     for t in (t for t, real in enumerate(mask) if real):
@@ -345,6 +346,6 @@ def sequence_loss(decision: Decision, seq: int) -> Tensor:
 
 
 def updated_bias(bias: Sequence[float], demand: Sequence[int], rate: float) -> list[float]:
-    """DeepSeek-V3: down for who was asked more than the mean, up for who was asked less."""
+    """DeepSeek-V3: down for an expert with more demand than the mean, up for one with less."""
     mean = sum(demand) / len(demand)
     return [b + rate * ((d < mean) - (d > mean)) for b, d in zip(bias, demand, strict=True)]

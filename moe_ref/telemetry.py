@@ -2,27 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ._validate import check_sizes
-from .routing import Routing, count
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .routing import Routing, count, normalized
 
 
 @dataclass(eq=False)
 class Tally:
-    """Running sums over tokens, from which every figure follows; sums, so that tallies add up."""
+    """Sums over tokens, from which every figure follows; they add up from batch to batch."""
 
     tokens: int
     demand: Int[Tensor, " n_experts"]  # assignments that asked for each expert
     served: Int[Tensor, " n_experts"]  # assignments that each expert served
-    overflow: Int[Tensor, " n_experts"]  # assignments that asked for it and went elsewhere, or lost
+    overflow: Int[Tensor, " n_experts"]  # assignments that asked for it and that it did not serve
     nats: float  # entropy of the scores, summed over tokens
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -30,7 +27,7 @@ class Tally:
 
     @property
     def dropped_fraction(self) -> float:
-        """Share of the assignments asked for that nobody served."""
+        """Share of the assignments that no expert served."""
         total = int(self.demand.sum())
         return (total - int(self.served.sum())) / total if total else 0.0
 
@@ -58,19 +55,20 @@ class Tally:
 
 
 class RoutingStats:
-    """Accumulates the routings of a layer, as a whole and, where tokens have labels, by label.
-
-    `overall` and each value of `by_label` is a `Tally`. `merge` of two accumulators equals one over
-    both. Nothing keeps a graph or a routing.
+    """Adds up the routings of a layer: all of them, and by label where tokens have labels.
 
     Args:
         n_experts: experts of the layer.
 
+    Attributes:
+        overall: the `Tally` of all tokens.
+        by_label: that of the tokens of each label.
+
     Raises:
-        ValueError: on a routing of another number of experts, or labels that don't fit the tokens.
+        ValueError: if n_experts is below 1; later, for a routing of another number of experts, or
+            labels that don't fit the tokens.
 
     Example:
-        >>> from moe_ref import TopKRouter
         >>> stats = RoutingStats(n_experts=4)
         >>> stats.update(TopKRouter(d_model=3, n_experts=4, k=2)(torch.ones(5, 3)), list("aabbb"))
         >>> stats.overall.tokens, stats.by_label["b"].tokens, stats.overall.imbalance
@@ -80,12 +78,12 @@ class RoutingStats:
     def __init__(self, n_experts: int) -> None:
         check_sizes(n_experts=n_experts)
         self.n_experts = n_experts
-        nothing = torch.zeros(n_experts, dtype=torch.long, device="cpu")
-        self.overall = Tally(0, nothing, nothing, nothing, 0.0)
+        zeros = torch.zeros(n_experts, dtype=torch.long, device="cpu")
+        self.overall = self._nothing = Tally(0, zeros, zeros, zeros, 0.0)
         self.by_label: dict[str, Tally] = {}
 
     def update(self, routing: Routing, labels: Sequence[str] | None = None) -> None:
-        """Count one routing; `labels` holds the kind of every token, padding included."""
+        """Count one routing; `labels` has one for every token, padding included."""
         if routing.n_experts != self.n_experts:
             raise ValueError(
                 f"the routing has n_experts={routing.n_experts}, but these stats have "
@@ -101,7 +99,7 @@ class RoutingStats:
             self._add(label, tally(routing, chosen))
 
     def merge(self, other: "RoutingStats") -> "RoutingStats":
-        """What one accumulator over the routings of both would hold."""
+        """What these stats would hold had they seen the routings of both."""
         if other.n_experts != self.n_experts:
             raise ValueError(f"n_experts={other.n_experts} is not n_experts={self.n_experts}")
         merged = RoutingStats(self.n_experts)
@@ -112,14 +110,14 @@ class RoutingStats:
         return merged
 
     def _add(self, label: str, counted: Tally) -> None:
-        self.by_label[label] = self.by_label[label] + counted if label in self.by_label else counted
+        self.by_label[label] = self.by_label.get(label, self._nothing) + counted
 
-    def to_frame(self) -> "pd.DataFrame":
-        """A row for each label, and "all": tokens, shares, and the tokens served by each expert."""
-        import pandas as pd
+    def to_frame(self) -> Any:
+        """A pandas table: "all" and each label, by figure and by tokens that each expert served."""
+        import pandas
 
         rows = {"all": self.overall, **self.by_label}
-        return pd.DataFrame.from_dict(
+        return pandas.DataFrame.from_dict(
             {
                 label: {
                     "tokens": t.tokens,
@@ -143,8 +141,7 @@ def tally(routing: Routing, chosen: Bool[Tensor, " tokens"]) -> Tally:
     n_experts, keep = routing.n_experts, routing.mask & chosen
     asked, served = routing.asked[keep], routing.experts[keep]
     gone = asked.masked_fill(asked == served, n_experts)
-    shares = routing.scores[keep].double()
-    shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    shares = normalized(routing.scores[keep].double())
     return Tally(
         tokens=len(asked),
         demand=count(asked, n_experts).cpu(),

@@ -1,8 +1,8 @@
 """The training loop: batches of tokens in, trained weights and a `History` out.
 
-A run that was killed and resumed has the same weights, bit for bit, as one that was not: learning
-rate number i depends on i alone, batch number i comes again when asked for, and a checkpoint holds
-the rest (weights, moments, random state, history).
+A run that was killed and resumed has the same weights, bit for bit, as one that was not: the
+learning rate of step i depends on i alone, batch number i comes again when asked for, and a
+checkpoint holds the rest (weights, moments, random state, history).
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from . import balance
 from ._validate import check_sizes
 from .batches import Batch as Batch
-from .batches import BatchLike, digest, evaluating, graded, read
+from .batches import BatchLike, digest, graded, read
 from .batches import held_out_loss as held_out_loss
 from .checkpoints import run
 from .layer import MoELayer
-from .model import Transformer
+from .model import Transformer, evaluating
 from .routing import Routing
 
 # What the record of a step holds beside the balance losses.
@@ -42,17 +42,17 @@ class TrainingConfig:
     Args:
         steps: updates of the weights.
         accumulate: batches whose gradients are added up for one update.
-        lr: highest learning rate, reached after `warmup` steps; it falls as a cosine to
-            `final_lr` * lr at the last.
-        weight_decay: of the matrices; norms and biases are free of it.
+        lr: highest learning rate, reached after `warmup` steps; from there it falls as a cosine to
+            `final_lr` * lr in the last step.
+        weight_decay: of the matrices; norms and biases have none.
         betas: of AdamW.
         clip: largest norm of the gradient.
-        autocast: whether to multiply in bfloat16, weights staying as they are.
-        balance: coefficients of the balance losses to add. A key is a name from `balance.LOSSES` or
-            a `balance.BalanceLoss` itself.
-        bias_rate: step of `balance.update_bias`; 0: none.
-        evaluate_every: steps between evaluations; the last step ends with one, with 0 it alone.
-        checkpoint_every: steps between checkpoints; the last step ends with one, with 0 it alone.
+        autocast: whether to multiply in bfloat16; weights keep their dtype.
+        balance: coefficients of the balance losses to add. A key is a name in `balance.LOSSES` or a
+            `balance.BalanceLoss` itself.
+        bias_rate: `rate` of `balance.update_bias`; 0: the biases stay.
+        evaluate_every, checkpoint_every: steps between evaluations, and between checkpoints; 0:
+            only the last step ends with one.
 
     Raises:
         ValueError: if a number is out of range or a loss unknown.
@@ -103,8 +103,8 @@ class History:
     """What happened: one record for each step, and one for each loss of each evaluation.
 
     The record of a step has the keys `COLUMNS` and the name of each balance loss, which is summed
-    over the MoE blocks. `imbalance` is the demand of the busiest expert over the mean, in the worst
-    block; `dropped` is the share of requests that no expert served.
+    over the MoE blocks. `imbalance` is the demand for the busiest expert over the mean demand, in
+    the worst block; `dropped` is the share of assignments that no expert served.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -117,7 +117,7 @@ class History:
         return pandas.DataFrame(self.steps)
 
     def held_out(self) -> Any:
-        """What the evaluations gave: a pandas table, steps by names."""
+        """The evaluations as a pandas table: a row for each step, a column for each loss."""
         import pandas
 
         table = pandas.DataFrame(self.evaluations)
@@ -138,12 +138,12 @@ def train(
 
     Args:
         model: on the device to train on; it is left in training mode.
-        batches: `batches(start=i)` gives batch number i, then i + 1, and so on, the same each time:
-            such as `functools.partial(corpora.batches, corpora.DOMAINS, batch=16, seq=128)`.
+        batches: `batches(start=i)` gives batch number i, i + 1 and so on, the same each time; such
+            as `functools.partial(corpora.batches, corpora.DOMAINS, batch=16, seq=128)`.
         config: the schedule, the optimiser and the balance losses.
         evaluate: `evaluate(model)` gives losses by name, for `History.held_out`. It is called in
-            evaluation mode and without gradient.
-        folder: for checkpoints, `training.safetensors` and the one before it.
+            evaluation mode and without gradient; None: no evaluation.
+        folder: for checkpoints, `training.safetensors` and the one before it; None: no checkpoint.
         progress: whether to show a bar.
 
     Raises:
@@ -152,15 +152,11 @@ def train(
         OSError: if a checkpoint can't be written; the last one is as it was.
 
     Example:
-        >>> from itertools import repeat
-        >>> from moe_ref import TransformerConfig
-        >>> _ = torch.manual_seed(0)
         >>> model = Transformer(TransformerConfig(9, 16, 1, 2, 16, n_experts=4))
         >>> tokens = torch.arange(18).view(2, 9) % 9  # to learn to count
-        >>> batch = Batch(tokens[:, :-1], tokens[:, 1:])
-        >>> config = TrainingConfig(steps=60, lr=0.01)
-        >>> history = train(model, lambda start: repeat(batch), config, progress=False)
-        >>> history.steps[0]["loss"] > 2 and held_out_loss(model, [batch]) < 0.1
+        >>> data, config = [Batch(tokens[:, :-1], tokens[:, 1:])] * 60, TrainingConfig(60, lr=0.01)
+        >>> history = train(model, lambda start: data[start:], config, progress=False)
+        >>> history.steps[0]["loss"] > 2 and held_out_loss(model, data) < 0.1
         True
     """
     if not callable(batches):
@@ -216,13 +212,14 @@ def update(
     config: TrainingConfig,
     step: int,
 ) -> dict[str, float]:
-    """One update of the weights, by the gradients of all `batches`.
+    """Update the weights once, by the gradients of all `batches`.
 
     Args:
-        model, optimizer: in training mode, and what `make_optimizer` gives for it.
-        batches: as many as are to be added up.
+        model: in training mode.
+        optimizer: from `make_optimizer`.
+        batches: those whose gradients are added up.
         config: as for `train`.
-        step: how many updates were made before.
+        step: number of updates made before.
 
     Returns:
         The record of the step, for `History.steps`.
@@ -261,7 +258,7 @@ def _backward(
 ) -> tuple[dict[str, float], list[Routing]]:
     """Add up the gradients of the batches.
 
-    Returns what to record, and the routings of the last batch with the demand of all batches.
+    Returns what to record, and the routings of the last batch with the demand of all.
     """
     device = next(model.parameters()).device
     losses, counts = balance.resolve(config.balance), [graded(batch) for batch in batches]
@@ -297,7 +294,7 @@ def _resume(
     config: TrainingConfig,
     batches: Callable[..., Iterable[BatchLike]],
 ) -> tuple[History, Iterator[BatchLike]]:
-    """Go back to the last checkpoint, if there is one; its history, and the batches to come."""
+    """Go back to the last checkpoint, if there is one; give its history and the batches to come."""
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     last = None if folder is None else run.read_last(Path(folder))
@@ -320,7 +317,7 @@ def _resume(
 
 
 def _about(model: Transformer, config: TrainingConfig) -> dict[str, Any]:
-    """What a run must have in common with its checkpoint, as JSON has it; functions by name."""
+    """What a run must have in common with its checkpoint, as JSON holds it; functions by name."""
     about = dataclasses.asdict(model.config) | dataclasses.asdict(config)
     losses = balance.resolve(config.balance).items()
     about["balance"] = {name: coefficient for name, (_, coefficient) in losses}

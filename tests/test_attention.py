@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,6 @@ MOE = dataclasses.replace(GROUPED, n_experts=4, k=2, d_ff=12)
 MIXED = dataclasses.replace(MOE, every=2, d_shared=8, n_kv_heads=1)
 CONFIGS = {"dense": DENSE, "grouped": GROUPED, "moe": MOE, "mixed": MIXED}
 LENGTHS, NEW = [3, 9, 1, 6, 4], 8
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """As for users: the suite's own checks of shapes would speak up before the library does."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def build(config=MOE, seed=0):

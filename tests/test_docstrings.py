@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import moe_ref
+
 from .floors import modules
 from .test_repository import ROOT
 
@@ -55,7 +57,8 @@ def test_every_public_module_class_and_function_has_a_docstring(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_every_example_in_a_docstring_gives_what_it_shows(name):
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
-    scope = vars(importlib.import_module(name))
+    scope = {"torch": torch} | {front: getattr(moe_ref, front) for front in moe_ref.__all__}
+    scope |= vars(importlib.import_module(name))
     said, _ = failures(tree, name, scope, MODULES[name])
     assert not said, "".join(said)
 

@@ -1,6 +1,5 @@
 import dataclasses
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -110,8 +109,10 @@ def test_noisy_models_generate_as_in_evaluation_and_stay_in_their_mode():
         for block in model.blocks:
             block.mlp.router.noise_weight.normal_()
     noisy = model.train()
+    noisy.blocks[0].eval()  # frozen, say
+    modes = [module.training for module in noisy.modules()]
     text = generate(noisy, PROMPT, 6)
-    assert noisy.training
+    assert [module.training for module in noisy.modules()] == modes
     assert torch.equal(text, generate(model.eval(), PROMPT, 6))
 
 
@@ -153,9 +154,8 @@ def test_expert_choice_is_refused_with_the_reason():
         ({"length": "5"}, "length='5' is a str: give an int"),
     ],
 )
-def test_impossible_arguments_are_refused_by_name_at_once(options, message, monkeypatch):
-    # As for users: the suite's own checks of types would speak up before the library does.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+@pytest.mark.usefixtures("unchecked")
+def test_impossible_arguments_are_refused_by_name_at_once(options, message):
     arguments = {"prompt": PROMPT, "length": 3} | options
     for function in (generate, stream):
         with pytest.raises(ValueError, match=message):

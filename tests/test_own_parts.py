@@ -143,6 +143,7 @@ class NoCause(nn.Module):
         ({"dispatch": "einsum"}, r"dispatch='einsum' is no function \(x, routing, experts\) -> y"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_parts_that_do_not_fit_are_refused_by_name_when_the_layer_is_built(parts, message):
     parts = {"router": TopKRouter(8, 4, 2), "experts": Experts(4, 8, 12)} | parts
     with pytest.raises(ValueError, match=message):

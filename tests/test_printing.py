@@ -40,7 +40,7 @@ DEEPSEEK = dict(score="sigmoid", scale=2.5, n_groups=4, groups_kept=2, selection
             Experts(8, 4, 6, bias=True),
             "Experts(n_experts=8, d_model=4, d_ff=6, activation=swiglu, bias=True, backend=auto)",
         ),
-        (Capacity(1.25), "Capacity(1.25, overflow='drop', priority='choice', minimum=1)"),
+        (Capacity(1.25), "Capacity(factor=1.25, overflow='drop', priority='choice', minimum=1)"),
     ],
 )
 def test_a_part_prints_its_sizes_and_options(part, said):
@@ -58,7 +58,7 @@ def test_a_layer_prints_its_parts_and_its_dispatch():
     first, *parts = repr(layer).splitlines()
     assert first == "MoELayer("
     assert parts[0] == (
-        "  capacity=Capacity(2, overflow='drop', priority='choice', minimum=1),"
+        "  capacity=Capacity(factor=2.0, overflow='drop', priority='choice', minimum=1),"
         " dispatch=one_hot_einsum"
     )
     assert parts[1] == "  (router): TopKRouter(d_model=4, n_experts=8, k=2, score=softmax)"

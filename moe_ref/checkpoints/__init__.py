@@ -1,8 +1,8 @@
 """Checkpoints in Hugging Face's formats: safetensors files beside a config.json.
 
 `save` writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` reads; `load` reads
-one, also if its weights are in several files. A family of formats is a file of this package that
-provides the functions of `family.Family`; its line in `FAMILIES` makes it known.
+such a folder, even if the weights are in several files. A module of this package with the functions
+of `family.Family` is a family of formats; a line in `FAMILIES` makes it known.
 """
 
 import inspect
@@ -22,10 +22,6 @@ from .family import Family, read
 # By the model_type of config.json. `save` takes the first family that can hold the model.
 FAMILIES: dict[str, Family] = {"mixtral": mixtral, "mistral": mixtral}
 
-# What says nothing about a model whose blocks are all dense.
-MOE_ONLY = {"k", "every", "d_dense", "d_shared", "router", "router_options"}
-MOE_ONLY |= {"capacity_factor", "capacity_options"}
-
 TOKENIZER = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "pad_token": "<|pad|>",
@@ -43,22 +39,22 @@ def save(
     """Write config.json and model.safetensors, and tokenizer.json if one is given.
 
     Args:
-        model: all of its blocks MoE, as Mixtral's, or none, as Mistral's.
-        folder: made if missing.
-        dtype: of the file; default None: that of the model.
-        tokenizer: a tokenizer.json to put beside the weights, for transformers' AutoTokenizer.
+        model: all of its blocks MoE, as in Mixtral, or none, as in Mistral.
+        folder: is made if missing.
+        dtype: of the file; None: that of the model.
+        tokenizer: a tokenizer.json to put beside the weights, for transformers' AutoTokenizer;
+            None: no tokenizer.
 
     Raises:
         ValueError: if the model has something that no format here can hold.
-        OSError: if it can't be written; what stood there before is left as it was.
+        OSError: if a file can't be written; the one there before is left as it was.
 
     Example:
         >>> import tempfile
         >>> model = Transformer(TransformerConfig(50, 16, 2, 4, 12, n_experts=4, k=2))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(model, folder)
-        ...     again = load(folder)
-        >>> torch.equal(again.head.weight, model.head.weight)
+        ...     torch.equal(load(folder).head.weight, model.head.weight)
         True
     """
     family, settings = _written(model.config)
@@ -83,20 +79,17 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """The model of a folder, ready for evaluation. Nothing is downloaded.
+    """The model of a folder, ready for evaluation. Nothing is downloaded; `save` has an example.
 
     Args:
         folder: with config.json and model.safetensors, or with several files and their index.
-        device: of the model; default: the CPU.
-        dtype: of the model; default None: torch's default, which is float32 unless it was changed,
-            whatever the file holds.
+        device: of the model.
+        dtype: of the model, whatever the file holds; None: torch's default, usually float32.
 
     Raises:
         FileNotFoundError: if the folder, config.json or the weights are missing.
-        ValueError: if config.json lacks a value or asks for what `Transformer` has not, a file is
+        ValueError: if config.json lacks a value or describes what `Transformer` can't be, a file is
             damaged, or a tensor is missing, unknown or of the wrong shape; each is named.
-
-    Example: see `save`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -151,7 +144,7 @@ def _fill(model: Transformer, layout: dict[str, tuple[str, Any]], folder: Path) 
 
 
 def _written(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
-    """The first family that gives the model back as it was, and its config.json."""
+    """The first family whose config.json gives the model back as it was, and that config.json."""
     refusals = []
     for family in dict.fromkeys(FAMILIES.values()):
         settings = family.write_config(config)
@@ -164,16 +157,19 @@ def _written(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
 
 
 def _meaning(config: TransformerConfig) -> dict[str, Any]:
-    """All that decides what a model computes, said in one way."""
+    """All that decides what a model computes, with defaults filled in."""
+    ignored = {"backend"}
+    if not config.n_experts:
+        ignored |= {"k", "every", "d_dense", "d_shared", "router", "router_options"}
+        ignored |= {"capacity_factor", "capacity_options"}
     fields = vars(config) | {"n_kv_heads": config.kv_heads}
     if config.every == 1:
-        fields["d_dense"] = None  # no dense block stands among the MoE blocks
+        fields["d_dense"] = None  # there are no dense blocks among the MoE blocks
     if math.isinf(config.capacity_factor):
         fields["capacity_options"] = {}
     options = fields.pop("router_options")
     for name, option in inspect.signature(TopKRouter).parameters.items():
         fields[f"router_options[{name!r}]"] = options.get(name, option.default)
-    ignored = {"backend"} if config.n_experts else {"backend", *MOE_ONLY}
     return {name: value for name, value in fields.items() if name.split("[")[0] not in ignored}
 
 
@@ -190,7 +186,7 @@ def _nowhere(folder: Path) -> str:
     )
     if folder.name in ("tiny-moe", "tiny-dense"):
         said += (
-            ". The course's own models stand in a clone of the repository, not in the installed"
+            ". The course's own models are in a clone of the repository, not in the installed"
             " package. In a clone, corpora.data_file finds them from any folder: `from"
             f' moe_ref.course import corpora; checkpoints.load(corpora.data_file("{folder.name}"))`'
         )

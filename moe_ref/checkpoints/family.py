@@ -10,16 +10,16 @@ KINDS |= {dict: "an object"}
 
 
 class Family(Protocol):
-    """Formats that share their names. A module with these three functions is a family."""
+    """Formats that share the names of their tensors. A module with these functions is a family."""
 
     def layout(self, config: TransformerConfig) -> dict[str, tuple[str, Any]]:
-        """For each tensor of a file, the model's parameter and the index of the part it fills."""
+        """For each tensor of a file, a parameter's name and the index of the part it fills."""
 
     def read_config(self, settings: Mapping[str, Any]) -> TransformerConfig:
-        """What a config.json describes; ValueError if `Transformer` has no such thing."""
+        """The model that a config.json describes; ValueError if `Transformer` can't be it."""
 
     def write_config(self, config: TransformerConfig) -> dict[str, Any]:
-        """The config.json of a model. `save` reads it back, and refuses a model that changed."""
+        """The config.json of a model; `save` reads it back and refuses the model if it changed."""
 
 
 def read(settings: Mapping[str, Any], key: str, kind: type, *default: Any) -> Any:
@@ -29,14 +29,12 @@ def read(settings: Mapping[str, Any], key: str, kind: type, *default: Any) -> An
         settings: what the file holds.
         key: the name of the value.
         kind: its type; float takes whole numbers too.
-        default: given instead of a missing value or null; without one, the value must be there.
+        default: stands in for a missing value or null; without one, the value must be there.
 
     Raises:
         ValueError: if the value is missing or of another type.
 
     Example:
-        >>> read({"hidden_size": 64}, "hidden_size", int)
-        64
         >>> read({"hidden_size": "64"}, "hidden_size", int)
         Traceback (most recent call last):
         ValueError: hidden_size='64' must be a whole number

@@ -1,7 +1,7 @@
 """Mixtral, and Mistral, its dense twin: the mathematics of `Transformer` is theirs.
 
-Each tensor of a file is a parameter, or a part of a stacked one. Source: Jiang et al. 2024
-(2401.04088); names of transformers' `MixtralForCausalLM` and `MistralForCausalLM`.
+Source: Jiang et al. 2024 (2401.04088); the names are those of transformers' `MixtralForCausalLM`
+and `MistralForCausalLM`.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from .family import read
 
 
 def layout(config: TransformerConfig) -> dict[str, tuple[str, Any]]:
-    """For each tensor of a file, our parameter and the index of the part it fills."""
+    """For each tensor of a file, a parameter's name and the index of the part it fills."""
     whole, gate, up = (), slice(0, config.d_ff), slice(config.d_ff, 2 * config.d_ff)
     names: dict[str, tuple[str, Any]] = {"model.embed_tokens.weight": ("embedding.weight", whole)}
     for i in range(config.n_layers):
@@ -40,7 +40,7 @@ def layout(config: TransformerConfig) -> dict[str, tuple[str, Any]]:
 
 
 def read_config(settings: Mapping[str, Any]) -> TransformerConfig:
-    """What a config.json describes; ValueError if it asks for what `Transformer` has not."""
+    """The model that a config.json describes; ValueError if `Transformer` can't be it."""
     rope = read(settings, "rope_parameters", dict, None) or read(settings, "rope_scaling", dict, {})
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_type={rope['rope_type']!r} is not default")

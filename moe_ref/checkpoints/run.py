@@ -1,7 +1,4 @@
-"""A training run's own checkpoints, and proof that a resumed run is the same run.
-
-The latest checkpoint and the one before it are kept, each a safetensors file.
-"""
+"""A training run's own checkpoints, each a safetensors file: the latest and the one before it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +14,10 @@ LATEST, BEFORE = "training.safetensors", "training.before.safetensors"
 
 
 def write_next(folder: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Write the next checkpoint of a run, tensors and texts; the one before it stays.
+    """Write the next checkpoint of a run, tensors and texts, and keep the one before it.
 
-    Raises OSError if it can't be written; then both checkpoints are as they were.
+    Raises:
+        OSError: if it can't be written; then both checkpoints are as they were.
     """
     fresh, latest = folder / "training.fresh.safetensors", folder / LATEST
     write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, about)
@@ -29,9 +27,10 @@ def write_next(folder: Path, tensors: dict[str, Tensor], about: dict[str, str]) 
 
 
 def read_last(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Tensors and texts of the last checkpoint of a run, None if there is none.
+    """Tensors and texts of the last checkpoint of a run; None if there is none.
 
-    Raises ValueError if it is damaged; the message says how to go on.
+    Raises:
+        ValueError: if it is damaged; the message says how to go on.
     """
     path = next((p for p in (folder / LATEST, folder / BEFORE) if p.exists()), None)
     if path is None:
@@ -48,7 +47,7 @@ def read_last(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that the next step depends on, but for its batch: weights, moments, random state."""
+    """Everything but its batch that the next step depends on: weights, moments, random state."""
     tensors = {f"model.{name}": tensor for name, tensor in own_tensors(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -62,7 +61,7 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
 def restore(
     tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Go back to a `state` of the same model under the same optimiser."""
+    """Give the model, its optimiser and the random generators a `state` back."""
     with torch.no_grad():
         for name, tensor in own_tensors(model).items():
             tensor.copy_(tensors[f"model.{name}"])
@@ -81,9 +80,9 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def check_same(kept: Mapping[str, Any], asked: Mapping[str, Any], folder: object) -> None:
-    """Raise a ValueError that names the first setting in which a run is not the one of `folder`."""
-    for name, value in asked.items():
+def check_same(kept: Mapping[str, Any], wanted: Mapping[str, Any], folder: object) -> None:
+    """Raise a ValueError that names the first setting in which the run in `folder` differs."""
+    for name, value in wanted.items():
         if kept.get(name) != value:
             raise ValueError(
                 f"{folder} holds a run with {name}={kept.get(name)!r}, not {value!r}:"

@@ -1,6 +1,6 @@
 """Small products on a CPU, where reading the weight costs more than multiplying by it.
 
-`python benchmarks/products.py` measures what stands here; `benchmarks/README.md` has its figures.
+The numbers below were measured by `python benchmarks/products.py`: see `benchmarks/README.md`.
 """
 
 import torch
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-FEW_ROWS = 64  # from so many float32 rows on, one plain product is as fast as blocks
+FEW_ROWS = 64  # from this many float32 rows on, one plain product is as fast as blocks
 BLOCKS = 4  # MKL reads a weight at the speed of memory only as a batch of blocks
-ROWS_FIRST = range(3, 16)  # for so many rows, rows times block is faster than block times rows
+ROWS_FIRST = range(3, 16)  # for this many rows, rows times block is faster than block times rows
 
 
 def linear(
@@ -18,7 +18,7 @@ def linear(
     weight: Float[Tensor, "outputs inputs"],
     bias: Float[Tensor, " outputs"] | None,
 ) -> Float[Tensor, "rows outputs"]:
-    """F.linear in the dtype of the rows, with few float32 rows on a CPU in blocks of outputs."""
+    """F.linear in the dtype of the rows; few float32 rows on a CPU go by blocks of outputs."""
     weight, bias = weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
     few = rows.device.type == "cpu" and rows.dtype == torch.float32 and len(rows) < FEW_ROWS
     if not few or len(weight) % BLOCKS or torch.compiler.is_compiling():

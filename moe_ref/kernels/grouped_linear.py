@@ -1,4 +1,4 @@
-"""The linear map of the loop: one product after the other, with a backward of its own."""
+"""The loop's linear map: one product for each expert, with a backward of its own."""
 
 from typing import Any
 
@@ -9,11 +9,10 @@ from .cpu import linear
 
 
 class GroupedLinear(torch.autograd.Function):
-    """The rows of expert e times weight[e].T, plus bias[e], for one e after the other.
+    """The rows of expert e times weight[e].T, plus bias[e], for every e in order.
 
     Autograd, left to itself, would make the gradients of the weights one by one and then stack
-    them, the weights' size twice. The backward is made of products of the same kind, and can be
-    differentiated again.
+    them, which takes their memory twice. This backward can itself be differentiated.
     """
 
     @staticmethod
@@ -58,7 +57,7 @@ class GroupedLinear(torch.autograd.Function):
 
 
 class GroupedWeightGrad(torch.autograd.Function):
-    """left[rows of e].T @ right[rows of e] for every e: the gradient of the weights, in place."""
+    """left[rows of e].T @ right[rows of e] for every e: the gradient of the weights."""
 
     @staticmethod
     def forward(left, sizes, right, dtype):  # type: ignore[no-untyped-def]
@@ -84,5 +83,5 @@ class GroupedWeightGrad(torch.autograd.Function):
 
 
 def of(stacked: Tensor | None, e: int) -> Any:
-    """Expert e's part, if there is one."""
+    """Expert e's part of a stacked bias, if there is one."""
     return None if stacked is None else stacked[e]

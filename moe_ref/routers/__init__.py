@@ -43,25 +43,21 @@ __all__ = [
 
 @runtime_checkable
 class Router(Protocol):
-    """What a router owes: an `nn.Module` with two facts and one call.
+    """What a router owes: it is an `nn.Module` with two attributes and one call.
+
+    The call returns the `Routing` of the tokens, which `routing.decide` makes; its weights need a
+    gradient if the router is to learn. `TransformerConfig(router=LargestFeature)` puts the router
+    below in a `Transformer`, which hands its constructor those of d_model, n_experts, k and
+    vocab_size that it takes.
 
     Attributes:
         n_experts: how many experts it chooses from.
         causal: whether a token's experts depend on no later token; if not, generation refuses it.
         d_model: optional; if it is there, it has to be that of the experts.
 
-    The call returns a `Routing` of the tokens, at padding (where `mask` is False) nobody's:
-    `routing.decide` makes one and sees to that. Weights need a gradient if the router is to learn.
-
     Example:
-        A router that sends each token to one expert by the largest of its first features. It works
-        in a layer, and by `TransformerConfig(router=LargestFeature)` in a `Transformer`, which
-        hands it those of d_model, n_experts, k and vocab_size that its constructor takes.
-
-        >>> import torch
-        >>> from moe_ref import Experts, MoELayer
         >>> from moe_ref.routing import decide
-        >>> class LargestFeature(torch.nn.Module):
+        >>> class LargestFeature(torch.nn.Module):  # feature i calls for expert i
         ...     causal = True
         ...
         ...     def __init__(self, n_experts):
@@ -104,12 +100,12 @@ ROUTERS: Mapping[str, Callable[..., Any]] = {
 
 
 def make_router(router: str | Callable[..., Any], options: Mapping[str, Any], **sizes: int) -> Any:
-    """The router of this name, or of this class, made for a model of these sizes.
+    """Make a router for a model of these sizes.
 
     Args:
         router: a name in `ROUTERS`, or a class of your own.
         options: keyword arguments of its constructor.
-        sizes: the constructor gets those of them that it takes, by name.
+        sizes: further ones, of which the constructor gets those that it takes.
 
     Raises:
         ValueError: if the name is unknown, or an option is one that the constructor does not take.
@@ -132,13 +128,9 @@ def check_router(router: object) -> None:
     """Raise a ValueError that says what `router` lacks to be a `Router`."""
     if inspect.isclass(router):
         raise ValueError(f"router={router.__name__} is a class: give one made from it")
+    hint = "moe_ref.routers.Router says what a router owes"
     if not isinstance(router, nn.Module):
-        raise ValueError(
-            f"router={router!r} is no nn.Module; moe_ref.routers.Router says what a router owes"
-        )
+        raise ValueError(f"router={router!r} is no nn.Module; {hint}")
     for name in ("n_experts", "causal"):
         if not hasattr(router, name):
-            raise ValueError(
-                f"{type(router).__name__} has no attribute {name!r};"
-                " moe_ref.routers.Router says what a router owes"
-            )
+            raise ValueError(f"{type(router).__name__} has no attribute {name!r}; {hint}")

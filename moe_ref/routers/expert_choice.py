@@ -14,8 +14,8 @@ class ExpertChoiceRouter(LearnedRouter):
     """Each expert takes the tokens that score it highest; a token gets 0 to n_experts experts.
 
     p = softmax(x W^T) per token; each expert takes its top ceil(tokens * k / n_experts) tokens
-    over p, ties to the earlier token; weight = p. Balanced by construction, and not causal: who
-    else is in the batch, later tokens too, decides a token's fate.
+    over p, ties to the earlier token; weight = p. It is balanced by construction, and not causal:
+    a token's experts depend on the other tokens of the batch, later ones too.
 
     Args:
         d_model: features of a token.
@@ -33,7 +33,7 @@ class ExpertChoiceRouter(LearnedRouter):
     Source: Zhou et al. 2022 (2202.09368), section 3.2.
     """
 
-    causal = False  # a decoder can't use it: generation refuses it
+    causal = False
 
     def __init__(self, d_model: int, n_experts: int, k: float) -> None:
         super().__init__(d_model, n_experts)
@@ -45,7 +45,7 @@ class ExpertChoiceRouter(LearnedRouter):
         logits = router_logits(x, self.weight)
         scores = logits.softmax(dim=-1)
         tokens = len(x) if mask is None else int(mask.sum())
-        # k as it is written: 1.1 * 100 / 10 is 11, not the 11.000000000000002 of floats.
+        # Exact, with k as written: in floats 1.1 * 100 / 10 is 11.000000000000002.
         taken = min(tokens, math.ceil(Fraction(str(self.k)) * tokens / self.n_experts))
         ranked = scores.detach()
         if mask is not None:

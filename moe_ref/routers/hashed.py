@@ -12,12 +12,12 @@ from ..routing import Routing, decide
 class HashRouter(nn.Module):
     """A fixed random table sends each token id to one expert, with weight 1; nothing is learned.
 
-    The table is balanced: every expert gets the same number of ids, to within one. Logits are 0
-    and the scores are 1 at the expert.
+    The table is balanced: every expert gets the same number of ids, to within one. Logits are 0,
+    and the score of the chosen expert is 1.
 
     Args:
         n_experts: experts to choose from.
-        vocab_size: token ids, 0 to vocab_size - 1.
+        vocab_size: token ids are 0 to vocab_size - 1.
         seed: of the table.
 
     Raises:
@@ -50,7 +50,7 @@ class HashRouter(nn.Module):
         mask: Bool[Tensor, " tokens"] | None = None,
         token_ids: Int[Tensor, " tokens"] | None = None,
     ) -> Routing:
-        """Route each token by its id; ValueError without ids, or with one outside the table."""
+        """Route each token by its id; `mask` is False at padding."""
         if token_ids is None:
             raise ValueError("token_ids=None: a HashRouter routes by the ids of the tokens")
         # Padding often has an id of its own, such as -1.

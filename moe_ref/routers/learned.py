@@ -1,4 +1,4 @@
-"""What the learned routers share: one weight for each expert, and the care of padding."""
+"""What the learned routers share: a row of weights for each expert, and how padding is treated."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..routing import Routing
 
 
 class LearnedRouter(nn.Module):
-    """A router that scores experts by `weight` [n_experts, d_model]; subclasses say how to choose.
+    """A router that scores experts by its `weight` [n_experts, d_model]; subclasses choose by it.
 
     Args:
         d_model: features of a token.
@@ -24,7 +24,7 @@ class LearnedRouter(nn.Module):
     """
 
     causal = True
-    k: Any  # experts per token, whole but for expert choice
+    k: Any  # experts per token; a mean, which may be a fraction, in expert choice
 
     def __init__(self, d_model: int, n_experts: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class LearnedRouter(nn.Module):
         mask: Bool[Tensor, " tokens"] | None = None,
         token_ids: Int[Tensor, " tokens"] | None = None,
     ) -> Routing:
-        """Route each token; `mask` is False at padding, and `token_ids` plays no part here."""
+        """Route each token; `mask` is False at padding, and `token_ids` is ignored."""
         if mask is not None:
             x = x.masked_fill(~mask[:, None], 0)  # padding may hold anything, even NaN
         return self.choose(x, mask)
@@ -63,10 +63,9 @@ class LearnedRouter(nn.Module):
 def router_logits(
     x: Float[Tensor, "tokens d_model"], weight: Float[Tensor, "n_experts d_model"]
 ) -> Float[Tensor, "tokens n_experts"]:
-    """x W^T in float32 at least, whatever the dtype of the model, under autocast too.
+    """x W^T in float32, or in float64 for a float64 model; under autocast too.
 
     bfloat16 keeps 8 bits: close logits would tie, and a token would flip to another expert.
-    A float64 model routes in float64.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     if autocast_dtype(x) is None:

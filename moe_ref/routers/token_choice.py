@@ -16,8 +16,8 @@ class TopKRouter(LearnedRouter):
     """Each token goes to the k experts with the largest score.
 
     s = softmax(x W^T), or sigmoid; the k largest are chosen; the weights are those s, divided by
-    their sum if `renormalize`, times `scale`. With softmax, k = 1 and `renormalize` every weight
-    is 1 and the router gets no gradient: leave it off there.
+    their sum if `renormalize`, times `scale`. With k = 1 set `renormalize` to False, as otherwise
+    every weight is 1 and the router gets no gradient.
 
     Args:
         d_model: features of a token.
@@ -26,10 +26,10 @@ class TopKRouter(LearnedRouter):
         score: "softmax" or "sigmoid".
         renormalize: whether the weights of a token are divided by their sum.
         scale: factor on all weights.
-        n_groups: the experts are cut into so many groups of equal size.
+        n_groups: groups of equal size into which the experts are divided.
         groups_kept: groups a token may use: those whose two best scores have the largest sum.
-        selection_bias: whether a buffer `bias` [n_experts], float32 and without gradient, is added
-            to the scores for every choice, and for none of the weights; see `balance.update_bias`.
+        selection_bias: whether to add a buffer `bias` [n_experts], float32 and without gradient, to
+            the scores for the choice, but not for the weights; see `balance.update_bias`.
 
     Raises:
         ValueError: if a size is impossible or the score unknown.
@@ -72,7 +72,7 @@ class TopKRouter(LearnedRouter):
         self.register_buffer("bias", torch.zeros(n_experts) if selection_bias else None)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "TopKRouter":
-        """Follow a move to another device, but stay float32: steps of 1e-3 would round away."""
+        """Move the bias with the router, but keep it float32: steps of 1e-3 would round away."""
         exact = self.bias
         super()._apply(fn, recurse)
         if exact is not None and self.bias is not None:
@@ -104,10 +104,11 @@ class TopKRouter(LearnedRouter):
 
 
 class NoisyTopKRouter(LearnedRouter):
-    """Top-k of logits that carry noise of learned size in training; none in evaluation.
+    """Top-k of logits to which training adds noise of learned size.
 
     h~ = h + eps * softplus(x Wn), eps standard normal; the k largest h~ are chosen; the weights
     are the softmax over those k alone. Wn is `noise_weight` [n_experts, d_model], and starts at 0.
+    Evaluation adds no noise.
 
     Args:
         d_model: features of a token.
@@ -134,9 +135,9 @@ class NoisyTopKRouter(LearnedRouter):
         self.noise_weight = nn.Parameter(torch.zeros(n_experts, d_model))
 
     def reset_parameters(self) -> None:
-        """Draw the weight; noise starts with the same size everywhere, softplus(0) = 0.69."""
+        """Draw the weight; the noise of every expert begins with a size of softplus(0) = 0.69."""
         super().reset_parameters()
-        if hasattr(self, "noise_weight"):
+        if hasattr(self, "noise_weight"):  # not yet, while the parent is made
             nn.init.zeros_(self.noise_weight)
 
     def choose(self, x: Tensor, mask: Tensor | None) -> Routing:
@@ -157,8 +158,7 @@ class SwitchRouter(LearnedRouter):
     Args:
         d_model: features of a token.
         n_experts: experts to choose from.
-        jitter: in training the router's input is multiplied by uniform noise from 1 - jitter to
-            1 + jitter.
+        jitter: in training the input is multiplied by uniform noise from 1 - jitter to 1 + jitter.
 
     Raises:
         ValueError: if a size is below 1 or jitter is not from 0 to less than 1.
@@ -191,15 +191,15 @@ class SwitchRouter(LearnedRouter):
 
 
 class GShardRouter(LearnedRouter):
-    """Top-2, renormalised; in training the second expert is visited only sometimes.
+    """Top-2, renormalised; in training the second expert is kept only sometimes.
 
     With g1 and g2 the two renormalised weights, the second is kept with probability min(1, 2 * g2).
-    The weight of the first stays g1 either way. A second that is not kept is no demand.
+    The weight of the first is g1 either way. A second that is not kept does not count as demand.
 
     Args:
         d_model: features of a token.
         n_experts: experts to choose from.
-        second: "random", or "always" to keep the second in training too. Evaluation always does.
+        second: "random", or "always" to keep the second in training, as evaluation does.
 
     Raises:
         ValueError: if a size is impossible or `second` unknown.
@@ -257,9 +257,9 @@ def check_groups(n_experts: int, k: int, n_groups: int, groups_kept: int) -> Non
 def keep_groups(
     ranked: Float[Tensor, "tokens n_experts"], n_groups: int, groups_kept: int
 ) -> Float[Tensor, "tokens n_experts"]:
-    """The scores with those of all but the best groups at minus infinity.
+    """The scores, those outside the best groups set to minus infinity.
 
-    Not at 0: a biased score can be negative, and would lose to an expert that was ruled out.
+    0 would not do: a biased score can be negative, and would lose to an expert that was ruled out.
     """
     grouped = ranked.unflatten(-1, (n_groups, -1))
     best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
