@@ -295,11 +295,13 @@ def upcycle(dense: Transformer, n_experts: int, *, k: int = 2, every: int = 1) -
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradient; afterwards each part of the model has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
+        if any(modes.values()):
+            model.eval()
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, mode in modes.items():
+            if module.training != mode:  # setting it is slow, and decode is here for each token
+                module.training = mode

@@ -1,9 +1,8 @@
 """The naive specification of each piece: one token, one slot, one expert at a time, no cleverness.
 
-It is written from the papers, so that a reader can see that it is right. Everything faster is
-compared with it, outputs and gradients (autograd differentiates the loops as they stand). A
-decision is a list of slots for each token; a slot is a pair (expert, weight), and the expert
-`n_experts` is nobody.
+It is written from the papers, and everything faster is compared with it: outputs and gradients
+(autograd differentiates the loops as they stand). A decision is a list of slots for each token; a
+slot is a pair (expert, weight), and expert `n_experts` is nobody.
 """
 
 import math

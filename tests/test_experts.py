@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from moe_ref import Experts, specification
+from moe_ref.experts import BACKENDS
 from moe_ref.ffn import ACTIVATIONS
 
 from .tools import assert_close, gradients
-
-BACKENDS = ["loop", "padded", "grouped"]
 
 
 def naive(rows, counts, experts):

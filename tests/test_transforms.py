@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from moe_ref import Capacity, Transformer, TransformerConfig
+from moe_ref.experts import BACKENDS
 from moe_ref.layer import TensorOnly
 
 from .tools import assert_close, make_layer
 
-BACKENDS = ["loop", "padded", "grouped"]
 FORWARD_MODE = ["loop", "padded"]  # torch's grouped_mm has no forward mode
 
 

@@ -74,7 +74,7 @@ def assert_decided(routing, decision: Decision, *, demand: list[int] | None = No
     assert routing.mask.tolist() == decision.mask
     for t in decision.real:
         assert_close(routing.weights[t], torch.stack([w for _, w in full[t]]))
-        assert_close(routing.logits[t], decision.logits[t])
+        assert_close(routing.logits[t], decision.logits[t], floor=0.1)
         assert_close(routing.scores[t], decision.scores[t])
 
 

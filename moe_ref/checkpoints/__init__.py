@@ -149,7 +149,8 @@ def _written(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
     for family in dict.fromkeys(FAMILIES.values()):
         settings = family.write_config(config)
         before, after = _meaning(config), _meaning(family.read_config(settings))
-        lost = [f"{name}={before[name]!r}" for name in before if before[name] != after[name]]
+        # A setting that means nothing to the model read back is lost with another that is named.
+        lost = [f"{n}={v!r}" for n, v in before.items() if v != after.get(n, v)]
         if not lost:
             return family, settings
         refusals.append(f"{', '.join(lost)} has no place in the format of {settings['model_type']}")

@@ -193,6 +193,28 @@ def test_a_family_is_three_functions_and_a_line_in_the_table(tmp_path, monkeypat
         checkpoints.save(build(dataclasses.replace(config, every=2)), tmp_path)
 
 
+class DenseOnly(Other):
+    """A family that can hold no experts."""
+
+    @staticmethod
+    def write_config(config):
+        dense = dataclasses.replace(config, n_experts=0)
+        return checkpoints.mixtral.write_config(dense) | {"model_type": "dense", "shared_size": 0}
+
+    @staticmethod
+    def read_config(settings):
+        return checkpoints.mixtral.read_config(settings | {"model_type": "mistral"})
+
+
+def test_a_family_of_dense_models_leaves_a_moe_model_to_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FAMILIES", {"dense": DenseOnly, **checkpoints.FAMILIES})
+    checkpoints.save(build(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "mixtral"
+    monkeypatch.setattr(checkpoints, "FAMILIES", {"dense": DenseOnly})
+    with pytest.raises(ValueError, match="n_experts=4 has no place in the format of dense"):
+        checkpoints.save(build(), tmp_path)
+
+
 # ---------------------------------------------------------------------------------- config.json
 
 
