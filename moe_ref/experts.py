@@ -129,9 +129,9 @@ class Experts(nn.Module):
         return f"{sizes}, activation={self.activation}{bias}, backend={self.backend}"
 
 
-# With more rows for each busy expert than the first and at most the second, grouped_mm beats the
-# loop in bfloat16 on a CPU: measured by `python benchmarks/layer.py`.
-AUTO_GROUPED = (2, 16)
+# With at most so many rows for each busy expert grouped_mm beats the loop in bfloat16 on a CPU:
+# measured by `python benchmarks/layer.py`.
+AUTO_GROUPED = 16
 
 
 def auto_takes_grouped(rows: Tensor, counts: Tensor, experts: Experts) -> bool:
@@ -143,7 +143,7 @@ def auto_takes_grouped(rows: Tensor, counts: Tensor, experts: Experts) -> bool:
     if rows.device.type != "cpu" or rows.dtype != torch.bfloat16:
         return rows.is_cuda
     busy = max(1, int((counts > 0).sum()))
-    return AUTO_GROUPED[0] < len(rows) / busy <= AUTO_GROUPED[1]
+    return len(rows) / busy <= AUTO_GROUPED
 
 
 # ---------------------------------------------------------------- the loop
