@@ -61,7 +61,14 @@ def sorted_rows(
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Where each row comes from; the rows are grouped by expert, in expert order."""
+    """Where each row comes from; the rows are grouped by expert, in expert order.
+
+    Example:
+        >>> routing = TopKRouter(d_model=4, n_experts=3, k=2)(torch.randn(5, 4))
+        >>> moves = plan(routing)
+        >>> routing.experts.flatten()[moves.order].tolist() == sorted(routing.experts.flatten())
+        True
+    """
 
     order: Int[Tensor, " rows"]  # slot of each row, counted as token * slots + slot
     tokens: Int[Tensor, " rows"]  # token of each row

@@ -121,6 +121,10 @@ class Output:
     Attributes:
         logits: of the next token, at every position.
         routings: the decision of each MoE block, in order.
+
+    Example:
+        >>> Output(torch.zeros(1, 3, 50), routings=())
+        Output(logits=[1, 3, 50], routings=0)
     """
 
     logits: Float[Tensor, "batch seq vocab"]
@@ -206,6 +210,11 @@ class Block(nn.Module):
     Args:
         config: of the model.
         layer: number of the block, from 0, which decides whether `mlp` is MoE.
+
+    Example:
+        >>> config = TransformerConfig(100, 32, 2, 4, d_ff=48, n_experts=8, every=2)
+        >>> [type(Block(config, layer).mlp).__name__ for layer in range(2)]
+        ['FeedForward', 'MoELayer']
     """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:

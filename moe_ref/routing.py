@@ -82,7 +82,13 @@ class Routing:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class NoisyRouting(Routing):
-    """A `Routing` that also says what the noise was, for `balance.load_loss`."""
+    """A `Routing` that also says what the noise was, for `balance.load_loss`.
+
+    Example:
+        >>> routing = NoisyTopKRouter(d_model=4, n_experts=3, k=1)(torch.randn(5, 4))
+        >>> routing.noisy.equal(routing.logits), routing.sigma.shape
+        (False, torch.Size([5, 3]))
+    """
 
     noisy: Float[Tensor, "tokens n_experts"]  # logits with noise: what the choice was made by
     sigma: Float[Tensor, "tokens n_experts"]  # standard deviation of the noise

@@ -14,7 +14,14 @@ from .routing import Routing, count, normalized
 
 @dataclass(eq=False)
 class Tally:
-    """Sums over tokens, from which every figure follows; they add up from batch to batch."""
+    """Sums over tokens, from which every figure follows; they add up from batch to batch.
+
+    Example:
+        >>> routing = TopKRouter(d_model=4, n_experts=3, k=1)(torch.ones(5, 4))
+        >>> both = tally(routing, routing.mask) + tally(routing, routing.mask)
+        >>> both.tokens, both.imbalance, both.dead
+        (10, 3.0, 2)
+    """
 
     tokens: int
     demand: Int[Tensor, " n_experts"]  # assignments that asked for each expert

@@ -105,6 +105,10 @@ class History:
     The record of a step has the keys `COLUMNS` and the name of each balance loss, which is summed
     over the MoE blocks. `imbalance` is the demand for the busiest expert over the mean demand, in
     the worst block; `dropped` is the share of assignments that no expert served.
+
+    Example:
+        >>> History(steps=[{"step": 1, "loss": 2.5}]).to_frame()["loss"].tolist()
+        [2.5]
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)

@@ -54,6 +54,24 @@ def test_every_public_module_class_and_function_has_a_docstring(name):
     assert undescribed(ast.parse(MODULES[name].read_text(encoding="utf-8")), name) == []
 
 
+# Shown at work in the example of another: protocols, inner parts, and the specification's record.
+SHOWN_ELSEWHERE = {"BatchLike", "Decision", "Family", "GroupedLinear", "GroupedWeightGrad"}
+SHOWN_ELSEWHERE |= {"KVCache", "Step", "WeightedSum"}
+
+
+def without_example(tree: ast.Module) -> set[str]:
+    """The public classes whose docstring has no example."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    public = [node for node in classes if not node.name.startswith("_")]
+    return {node.name for node in public if ">>>" not in (ast.get_docstring(node) or "")}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if ".course" not in name])
+def test_every_public_class_of_the_library_has_an_example(name):
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    assert without_example(tree) <= SHOWN_ELSEWHERE
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_example_in_a_docstring_gives_what_it_shows(name):
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))

@@ -21,6 +21,16 @@ class LearnedRouter(nn.Module):
 
     Raises:
         ValueError: if a size is below 1.
+
+    Example:
+        >>> from moe_ref.routing import decide
+        >>> class Softmax(LearnedRouter):  # every expert serves every token
+        ...     def choose(self, x, mask):
+        ...         logits = router_logits(x, self.weight)
+        ...         experts = torch.arange(self.n_experts).repeat(len(x), 1)
+        ...         return decide(experts, logits.softmax(-1), logits, logits.softmax(-1), mask)
+        >>> Softmax(d_model=4, n_experts=2)(torch.randn(3, 4)).counts
+        tensor([3, 3])
     """
 
     causal = True
