@@ -34,6 +34,12 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no worker is left alone with one at the end."""
+    long = ("test_other_parameters", "test_compile", "test_tiny")
+    items.sort(key=lambda item: not any(name in item.nodeid for name in long))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Under pytest-xdist's -n: tests go out one by one, but a notebook's cells share a kernel."""

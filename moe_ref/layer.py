@@ -13,7 +13,7 @@ from .routing import Routing
 
 
 class MoELayer(nn.Module):
-    """Takes the place of a feed-forward block: each token visits only the experts it is routed to.
+    """Takes the place of a feed-forward block: every token visits only the experts it is sent to.
 
     y = sum over a token's slots of weight * expert(x), plus shared(x) if there is one.
 

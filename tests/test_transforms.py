@@ -9,6 +9,8 @@ from moe_ref.layer import TensorOnly
 
 from .tools import assert_close, make_layer
 
+# torch uses it itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 FORWARD_MODE = ["loop", "padded"]  # torch's grouped_mm has no forward mode
 
 
@@ -78,7 +80,6 @@ def test_a_whole_model_is_built_and_run_on_the_meta_device():
     assert logits.shape == (2, 7, 100) and logits.is_meta
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch itself
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_export_of_the_layer_as_a_tensor_gives_the_layer(backend):
     layer = TensorOnly(make_layer(backend=backend, shared=True, d_ff=16)).eval()
@@ -87,7 +88,6 @@ def test_torch_export_of_the_layer_as_a_tensor_gives_the_layer(backend):
     assert_close(exported(x), layer(x))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_a_capacity_rule_can_not_be_exported_as_the_docstring_says():
     layer = make_layer()
     layer.capacity = Capacity(1.0)
