@@ -301,6 +301,40 @@ def upcycle(dense: Transformer, n_experts: int, *, k: int = 2, every: int = 1) -
     return model.to(parameter.device, parameter.dtype)
 
 
+@torch.no_grad()
+def fold_scale(model: Transformer) -> Transformer:
+    """Move the `scale` of each router into the `down` weights of its experts.
+
+    The model computes what it did, and a format that knows no scale, such as Mixtral's, can hold
+    it. Weights that sum to 1 average k independent answers, so that a new MoE block has 1/sqrt(k)
+    of the output of a dense one; a scale of sqrt(k) makes up for it.
+
+    Args:
+        model: it is changed in place; routers without a scale stay as they are.
+
+    Returns:
+        The model itself.
+
+    Example:
+        >>> options = {"router_options": {"scale": 2**0.5}}
+        >>> model = Transformer(TransformerConfig(9, 16, 1, 2, 24, n_experts=4, **options))
+        >>> tokens = torch.tensor([[3, 1, 4]])
+        >>> before, after = model(tokens).logits, fold_scale(model)(tokens).logits
+        >>> torch.allclose(before, after, atol=1e-5), model.config.router_options
+        (True, {})
+    """
+    for block in model.blocks:
+        router = getattr(block.mlp, "router", None)
+        if hasattr(router, "scale"):
+            for weight in (block.mlp.experts.down, block.mlp.experts.down_bias):
+                if weight is not None:
+                    weight.mul_(router.scale)
+            router.scale = 1.0
+    options = {name: x for name, x in model.config.router_options.items() if name != "scale"}
+    model.config = dataclasses.replace(model.config, router_options=options)
+    return model
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradient; afterwards each part of the model has the mode it had."""

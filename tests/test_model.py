@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_ref import FeedForward, MoELayer, Transformer, TransformerConfig, routers
-from moe_ref.model import upcycle
+from moe_ref.model import fold_scale, upcycle
 
 from .tools import assert_close
 
@@ -82,6 +82,18 @@ def test_router_options_and_capacity_reach_the_layer():
     assert decoder(tokens(2, 8)).routings[0].dropped_fraction >= 0.5
 
 
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_frequencies_reach_the_hash_table_of_every_block(kind):
+    often = [50 - i for i in range(50)]
+    options = {"frequencies": kind(often), "seed": 3}
+    decoder = build(dataclasses.replace(MOE, router="hash", router_options=options))
+    table = routers.HashRouter(4, 50, seed=3, frequencies=often).table
+    assert all(block.mlp.router.table.equal(table) for block in decoder.blocks)
+    ids = tokens(2, 9)
+    for routing in decoder(ids).routings:
+        assert routing.experts[:, 0].equal(table[ids.flatten()])
+
+
 def test_a_printed_model_says_its_sizes_and_shows_equal_blocks_once():
     text = repr(build())
     assert "n_experts=4, tied=False" in text and "(0-1): 2 x Block(" in text
@@ -122,6 +134,31 @@ def test_autocast_trains_float32_weights():
 
 
 # ------------------------------------------------------------------------------ upcycling
+
+
+@pytest.mark.parametrize("scale", [2**0.5, 0.3, 1.0])
+def test_a_folded_scale_leaves_the_function_and_the_gradients_that_reach_further_down(scale):
+    config = dataclasses.replace(MOE, every=2, router_options={"scale": scale})
+    scaled, folded = build(config), fold_scale(build(config))
+    ids = tokens(3, 7)
+    ours, theirs = folded(ids).logits, scaled(ids).logits
+    assert_close(ours, theirs)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for (name, a), b in zip(folded.named_parameters(), scaled.parameters(), strict=True):
+        assert_close(a.grad * (scale if name.endswith("experts.down") else 1), b.grad)
+    assert folded.config == dataclasses.replace(config, router_options={})
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_weights_that_sum_to_one_start_at_the_root_of_k_below_a_dense_block(k):
+    torch.manual_seed(0)
+    x, blocks = torch.randn(64, 64), [FeedForward(64, 128) for _ in range(8)]
+    dense = torch.stack([block(x).std() for block in blocks]).mean()
+    config = TransformerConfig(9, 64, 1, 4, 128, n_experts=32, k=k)
+    layers = [Transformer(config).blocks[0].mlp for _ in range(8)]
+    sparse = torch.stack([layer(x)[0].std() for layer in layers]).mean()
+    assert 0.9 < sparse / dense * k**0.5 < 1.25  # above 1: the weights are not quite equal
 
 
 @pytest.mark.parametrize(("n_experts", "k", "every"), [(4, 2, 1), (4, 4, 2), (1, 1, 1), (8, 1, 2)])

@@ -35,6 +35,10 @@ DEEPSEEK = dict(score="sigmoid", scale=2.5, n_groups=4, groups_kept=2, selection
         (SwitchRouter(4, 8), "SwitchRouter(d_model=4, n_experts=8, k=1, jitter=0.0)"),
         (GShardRouter(4, 8), "GShardRouter(d_model=4, n_experts=8, k=2, second=random)"),
         (HashRouter(8, 50), "HashRouter(n_experts=8, vocab_size=50, k=1, seed=0)"),
+        (
+            HashRouter(2, 3, frequencies=[5, 1, 0]),
+            "HashRouter(n_experts=2, vocab_size=3, k=1, seed=0, balanced)",
+        ),
         (ExpertChoiceRouter(4, 8, 1.5), "ExpertChoiceRouter(d_model=4, n_experts=8, k=1.5)"),
         (
             Experts(8, 4, 6, bias=True),

@@ -211,6 +211,66 @@ def test_the_hash_table_is_fixed_by_its_seed_and_balanced_to_within_one(vocab_si
         assert not router.table.equal(torch.arange(vocab_size) % n_experts)
 
 
+def balanced_by_the_paper(frequencies, n_experts, order):
+    """The expert of each id that occurs: most frequent first, to the emptiest expert."""
+    loads, table = [0.0] * n_experts, {}
+    for token_id in sorted(order, key=lambda i: -frequencies[i]):  # stable: ties stay in order
+        if frequencies[token_id]:
+            table[token_id] = min(range(n_experts), key=lambda e: (loads[e], e))
+            loads[table[token_id]] += frequencies[token_id]
+    return table, loads
+
+
+COUNTS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 1000)), min_size=1, max_size=60)
+
+
+@given(COUNTS, st.integers(1, 9), st.integers(0, 9))
+def test_a_table_by_frequency_is_the_paper_s_and_deals_out_what_never_occurs(counts, n, seed):
+    router = HashRouter(n, len(counts), seed=seed, frequencies=counts)
+    dealt = HashRouter(n, len(counts), seed=seed).table.tolist()
+    # Without frequencies, ids are dealt in the order that the seed draws.
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(counts), generator=generator).argsort().tolist()
+    table, loads = balanced_by_the_paper(counts, n, order)
+    assert router.table.tolist() == [table.get(i, dealt[i]) for i in range(len(counts))]
+    assert max(loads) <= sum(counts) / n + max(counts)
+    # Counts and shares, lists and tensors mean the same.
+    for same in (torch.tensor(counts), torch.tensor(counts) / 1024, [c * 2.0 for c in counts]):
+        again = HashRouter(n, len(counts), seed=seed, frequencies=same)
+        assert again.table.equal(router.table)
+
+
+def test_ten_ids_by_hand_as_a_greedy_table_places_them():
+    # 9 to 0; 7 to 1; 5 to 2; then 4 to 2 (5), 3 to 1 (7), 2 to 0 (9, tied with 2), 1 to 2 (9).
+    router = HashRouter(3, 7, frequencies=[9, 7, 5, 4, 3, 2, 1])
+    assert router.table.tolist() == [0, 1, 2, 2, 1, 0, 2]
+
+
+def test_a_balanced_table_is_in_the_state_and_comes_back_from_it():
+    kept = HashRouter(4, 30, frequencies=list(range(30))).state_dict()
+    router = HashRouter(4, 30)
+    assert list(kept) == ["table"] and not kept["table"].equal(router.table)
+    router.load_state_dict(kept)
+    ids = torch.arange(30)
+    assert router(torch.zeros(30, 2), token_ids=ids).experts[:, 0].equal(kept["table"])
+
+
+def test_hash_agrees_with_the_router_of_deepseek_v4_which_looks_its_experts_up():
+    deepseek = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    sizes = {"hidden_size": 4, "num_local_experts": 5, "num_experts_per_tok": 1, "vocab_size": 30}
+    theirs = deepseek.DeepseekV4HashRouter(
+        deepseek.DeepseekV4Config(**sizes, routed_scaling_factor=1.0)
+    )
+    ours = HashRouter(5, 30, frequencies=list(range(30)))
+    theirs.tid2eid.copy_(ours.table[:, None])
+    torch.nn.init.normal_(theirs.weight)
+    x, ids = torch.randn(2, 8, 4), torch.randint(30, (2, 8))
+    _, weights, experts = theirs(x, ids)
+    routing = ours(x.flatten(0, 1), token_ids=ids.flatten())
+    assert routing.experts.equal(experts)
+    assert_close(routing.weights, weights)  # a single renormalised weight is 1
+
+
 def test_hash_sends_each_id_to_its_place_in_the_table_with_weight_one_whatever_x_is():
     router = HashRouter(4, 50)
     ids, mask = torch.tensor([7, 49, 7, -1, 0]), torch.tensor([True, True, True, False, True])

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -279,6 +281,17 @@ def test_the_selection_bias_steers_the_choice_but_not_the_weights_and_gets_no_gr
         (lambda: ExpertChoiceRouter(4, 8, 0), "k=0 is not more than 0"),
         (lambda: HashRouter(0, 50), "n_experts=0 must be at least 1"),
         (lambda: HashRouter(4, 0), "vocab_size=0 must be at least 1"),
+        (lambda: HashRouter(4, 3, frequencies=[1, 2]), "shape \\[2\\] are not one for each of voc"),
+        (lambda: HashRouter(4, 3, frequencies=torch.ones(1, 3)), "shape \\[1, 3\\] are not one"),
+        (lambda: HashRouter(4, 3, frequencies=[1, -2, 0]), "frequencies\\[1\\]=-2 is not a finite"),
+        (
+            lambda: HashRouter(4, 2, frequencies=[1, math.nan]),
+            "frequencies\\[1\\]=nan is not a fin",
+        ),
+        (
+            lambda: HashRouter(4, 2, frequencies=[math.inf, 1]),
+            "frequencies\\[0\\]=inf is not a fin",
+        ),
         (lambda: HashRouter(4, 50)(torch.zeros(1, 2)), "token_ids=None"),
         (lambda: hashed(50), "token id 50 is outside 0 to vocab_size - 1=49"),
         (lambda: hashed(-1), "token id -1 is outside 0 to vocab_size - 1=49"),

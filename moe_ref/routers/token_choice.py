@@ -193,8 +193,9 @@ class SwitchRouter(LearnedRouter):
 class GShardRouter(LearnedRouter):
     """Top-2, renormalised; in training the second expert is kept only sometimes.
 
-    With g1 and g2 the two renormalised weights, the second is kept with probability min(1, 2 * g2).
-    The weight of the first is g1 either way. A second that is not kept does not count as demand.
+    With g1 >= g2 the two renormalised weights, the second is kept with probability 2 * g2, which
+    is at most 1. The weight of the first is g1 either way. A second that is not kept does not count
+    as demand. Evaluation keeps both: that is this library's choice, the paper does not say.
 
     Args:
         d_model: features of a token.

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_ref import Transformer, TransformerConfig, checkpoints, generation
 from moe_ref.course import corpora
+from moe_ref.model import fold_scale
 from tests.tools import assert_close
 
 # Mixtral 8x7B, a Mixtral with other sizes, and Mistral 7B, scaled down.
@@ -91,6 +92,18 @@ def test_greedy_generation_with_our_cache_is_that_of_transformers(name, tmp_path
         ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert torch.equal(generation.generate(ours, ids, 12), expected)
+
+
+def test_a_model_with_a_scale_is_saved_once_the_scale_is_folded(tmp_path):
+    torch.manual_seed(0)
+    scaled = Transformer(dataclasses.replace(CONFIGS["mixtral"], router_options={"scale": 2**0.5}))
+    with pytest.raises(ValueError, match="scale"):
+        checkpoints.save(scaled, tmp_path)
+    ids = torch.randint(1, 320, (2, 9))
+    before = scaled(ids).logits
+    checkpoints.save(fold_scale(scaled), tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_close(theirs(ids).logits, before)
 
 
 def test_the_tokenizer_beside_the_weights_is_ours(tmp_path):
