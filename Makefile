@@ -15,10 +15,10 @@ SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: help setup lab check test course notebooks lint bench clean
+.PHONY: help setup lab lab-reset check test course notebooks lint bench mutations clean
 
 help:  ## list these commands
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1#\2/p' Makefile | \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1#\2/p' Makefile | \
 		awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
 
 setup: .venv/installed  ## make .venv and install the course into it
@@ -51,12 +51,16 @@ endif
 	@$(RUN) -m jupyter labextension disable $(NEWS) >>$(LOG) 2>&1
 	@echo '$(CURDIR)' >$@
 
-lab: setup  ## open the course in JupyterLab (LAB_ARGS="--no-browser --port 8899")
-	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+lab: setup  ## open your copy of the course, lab/, in JupyterLab (LAB_ARGS="--port 8899")
+	$(RUN) scripts/course.py lab
+	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/lab/00_start_here.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
+lab-reset: setup  ## move your copy aside, and make a fresh one
+	$(RUN) scripts/course.py lab --reset
+
 check: lint  ## check style and types, and run the unit tests, in two minutes
-	$(PYTEST) tests --ignore=tests/parity --ignore=tests/scripts --ignore=tests/test_notebooks.py
+	$(PYTEST) tests --ignore=tests/parity --ignore=tests/scripts --ignore-glob='tests/test_notebook*'
 
 test: setup  ## run every test, and every notebook under nbval and papermill
 	$(PYTEST)
@@ -75,6 +79,9 @@ lint: setup  ## check style (notebooks too) and types
 bench: setup  ## measure this code beside its peers
 	@for script in benchmarks/*.py; do echo "$(RUN) $$script"; $(RUN) $$script || exit 1; done
 
-clean:  ## remove all that these commands made, .venv included
+mutations: setup  ## break the library in known ways: the notebook that teaches it must notice
+	$(RUN) scripts/mutations.py
+
+clean:  ## remove all that these commands made, .venv included, but for your copies in lab/
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

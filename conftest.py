@@ -36,7 +36,7 @@ def unchecked(monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that no worker is left alone with one at the end."""
-    long = ("test_other_parameters", "test_compile", "test_tiny")
+    long = ("test_other_parameters", "test_compile", "test_tiny", "test_every_control")
     items.sort(key=lambda item: not any(name in item.nodeid for name in long))
 
 

@@ -323,13 +323,13 @@ def fold_scale(model: Transformer) -> Transformer:
         >>> torch.allclose(before, after, atol=1e-5), model.config.router_options
         (True, {})
     """
-    for block in model.blocks:
-        router = getattr(block.mlp, "router", None)
-        if hasattr(router, "scale"):
-            for weight in (block.mlp.experts.down, block.mlp.experts.down_bias):
+    layers = [part for part in model.modules() if isinstance(part, MoELayer)]
+    for layer in layers:
+        if hasattr(layer.router, "scale"):
+            for weight in (layer.experts.down, layer.experts.down_bias):
                 if weight is not None:
-                    weight.mul_(router.scale)
-            router.scale = 1.0
+                    weight.mul_(layer.router.scale)
+            layer.router.scale = 1.0
     options = {name: x for name, x in model.config.router_options.items() if name != "scale"}
     model.config = dataclasses.replace(model.config, router_options=options)
     return model

@@ -1,18 +1,28 @@
-"""Run the course's notebooks, or store their outputs.
+"""Run the course's notebooks, store their outputs, or copy them for work.
 
     python scripts/course.py run [NAME ...] [-p PARAMETER VALUE ...]
     python scripts/course.py store [NAME ...]
+    python scripts/course.py pins > tests/pins.py
+    python scripts/course.py lab [--reset]
 
 `run` executes notebooks with papermill, side by side, into build/. Each gets those of the given
-parameters that it declares. `store` executes them where they are, one after the other, and leaves
-nothing in the files but what a second run would leave as well. NAME is the beginning of a file
+parameters that it declares. `store` executes them where they are, one after the other, on one
+thread, and leaves nothing in the files but what a second run would leave as well. It stores no
+notebook in which a claim about time does not hold, and begins none with claims on a busy machine.
+`pins` prints the table of what each notebook must not lose unnoticed. `lab` copies into lab/ what
+is not there yet; with --reset it first moves that folder aside. NAME is the beginning of a file
 name, such as 02; without one, all notebooks are meant.
 """
 
 import argparse
+import ast
+import base64
 import concurrent.futures
 import difflib
 import os
+import re
+import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -24,6 +34,7 @@ import papermill
 
 HERE = Path(__file__).resolve().parents[1] / "notebooks"
 BUILD = HERE.parent / "build"
+LAB = HERE.parent / "lab"  # a learner's own copies; git ignores it, and make clean leaves it
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {
     "file_extension": ".py",
@@ -32,6 +43,16 @@ LANGUAGE = {
     "pygments_lexer": "ipython3",
 }
 KEPT = ("jupyter", "tags")  # of a cell's metadata
+
+QUIET = 0.9  # share of a core that every process must get where time is measured
+# How much of two seconds a process that only counts is given.
+COUNT = """
+import time
+begin, used = time.perf_counter(), time.process_time()
+while (wall := time.perf_counter() - begin) < 2:
+    pass
+print((time.process_time() - used) / wall)
+"""
 
 
 def find(names: list[str]) -> list[Path]:
@@ -89,13 +110,15 @@ def execute(source: Path, target: Path, parameters: list[tuple[str, str]], threa
     return f"papermill exited with {code}: see {log.relative_to(HERE.parent)}"
 
 
-def store(notebooks: list[Path]) -> None:
-    """Execute in place; a cell that fails stops the command and leaves its file as it was."""
+def store(notebooks: list[Path], quiet: float = QUIET) -> None:
+    """Execute in place; a cell that fails, or a claim, stops the command and leaves its file."""
     for path in notebooks:
         print(f"{path.stem} ...", end=" ", flush=True)
         begin = time.perf_counter()
         notebook = nbformat.v4.upgrade(nbformat.read(path, as_version=4))
-        nbclient.NotebookClient(
+        if any("lesson.claim(" in cell.source for cell in notebook.cells):
+            refuse_a_busy_machine(quiet)
+        client = nbclient.NotebookClient(
             notebook,
             timeout=600,
             kernel_name="python3",
@@ -104,10 +127,33 @@ def store(notebooks: list[Path]) -> None:
             coalesce_streams=True,
             extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": HERE}},
-        ).execute()
+        )
+        client.execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if false := false_claims(notebook):
+            sys.exit("not stored, for in this run these claims did not hold: " + "; ".join(false))
         clean(notebook)
         nbformat.write(notebook, path)
         print(f"{time.perf_counter() - begin:.0f} s")
+
+
+def refuse_a_busy_machine(quiet: float) -> None:
+    """Exit if a process on each core gets less of it than `quiet`: times would mean nothing."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    command = [sys.executable, "-c", COUNT]
+    counting = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(cores or 1)]
+    shares = [float(process.communicate()[0]) for process in counting]
+    if (share := sum(shares) / len(shares)) < quiet:
+        load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+        sys.exit(
+            f"not stored, for this machine is busy: a process on each of its {len(shares)} cores "
+            f"got {share:.0%} of it ({quiet:.0%} needed{load}). Stop what else runs, and try again."
+        )
+
+
+def false_claims(notebook: nbformat.NotebookNode) -> list[str]:
+    """What `lesson.claim` printed as not holding."""
+    printed = (o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+    return re.findall(r"^claim: (.*): does not hold in this run$", "\n".join(printed), re.MULTILINE)
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
@@ -118,6 +164,59 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         for output in cell.get("outputs", []):
             # Its model does not outlive the kernel; the text beside it is what a reader sees.
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+
+
+def pins(path: Path) -> dict[str, int]:
+    """What a notebook must not lose unnoticed, as numbers."""
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    nodes = [node for cell in code for node in ast.walk(ast.parse(cell.source))]
+    calls = [ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)]
+    images = [
+        base64.b64decode(output.data["image/png"])
+        for cell in code
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
+    sizes = [struct.unpack(">II", image[16:24]) for image in images]  # PNG's header
+    return {
+        "asserts": sum(isinstance(node, ast.Assert) for node in nodes),
+        "compares": calls.count("lesson.compare"),
+        "claims": calls.count("lesson.claim"),
+        "not_compared": sum("nbval-ignore-output" in c.metadata.get("tags", []) for c in code),
+        "images": len(images),
+        "least_bytes": min(map(len, images), default=0),
+        "least_width": min((width for width, _ in sizes), default=0),
+        "least_height": min((height for _, height in sizes), default=0),
+    }
+
+
+def print_pins(notebooks: list[Path]) -> None:
+    """The table that tests/pins.py holds."""
+    rows = {path.stem: pins(path) for path in notebooks}
+    print('"""What each notebook must not lose unnoticed."""\n')
+    print("# After a change that is meant: python scripts/course.py pins > tests/pins.py")
+    print("COLUMNS = (")
+    for column in next(iter(rows.values())):
+        print(f'    "{column}",')
+    print(")\nPINS = {")
+    for name, row in rows.items():
+        print(f'    "{name}": {tuple(row.values())},')
+    print("}")
+
+
+def lab(reset: bool, folder: Path = LAB) -> None:
+    """Copy the course into `folder`; what the learner has there is never written over."""
+    if reset and folder.exists():
+        aside = folder.with_name(time.strftime(f"{folder.name}-%Y-%m-%d-%H%M%S"))
+        folder.rename(aside)
+        print(f"your work is in {aside.name}/ now")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [*find([]), HERE / "glossary.md"]
+    new = [path for path in files if not (folder / path.name).exists()]
+    for path in new:
+        shutil.copyfile(path, folder / path.name)
+    kept = len(files) - len(new)
+    print(f"{folder.name}/: {len(new)} copied, {kept} left as they were")
 
 
 def main() -> int:
@@ -131,10 +230,19 @@ def main() -> int:
     storer = commands.add_parser("store", help="run notebooks in place")
     for command in (runner, storer):
         command.add_argument("names", nargs="*", metavar="NAME", help="beginning of a file name")
+    commands.add_parser("pins", help="print the table of tests/pins.py")
+    learner = commands.add_parser("lab", help="copy the notebooks into lab/")
+    learner.add_argument("--reset", action="store_true", help="move lab/ aside first")
     options = parser.parse_args()
     if options.command == "run":
         return min(run(find(options.names), options.parameters, options.workers), 1)
-    return store(find(options.names)) or 0
+    if options.command == "store":
+        store(find(options.names))
+    elif options.command == "pins":
+        print_pins(find([]))
+    else:
+        lab(options.reset)
+    return 0
 
 
 if __name__ == "__main__":

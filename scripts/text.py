@@ -19,12 +19,14 @@ from moe_ref.course import corpora
 from moe_ref.course.text import sources
 
 DATA = Path(__file__).parents[1] / "data"
+COUNTS = ("documents", "characters", "tokens", "held_out")
 BEGIN, END = "<!-- sources: begin -->\n", "<!-- sources: end -->"
 
 
 def main(arguments: list[str] | None = None, data: Path = DATA) -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
-    texts = {domain: corpora.assembled(domain) for domain in corpora.DOMAINS}
+    domains = (*corpora.DOMAINS, *corpora.LARGE)
+    texts = {domain: corpora.assembled(domain) for domain in domains}
     tokenizer = train_tokenizer(texts)
     tokenizer.save(str(data / "tokenizer.json"))
     entries = {domain: entry(domain, found, tokenizer) for domain, found in texts.items()}
@@ -48,7 +50,7 @@ def train_tokenizer(texts: dict[str, tuple[str, ...]], budget: int = 300_000) ->
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096,
+        vocab_size=2048,
         special_tokens=list(corpora.SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -71,25 +73,27 @@ def entry(domain: str, texts: tuple[str, ...], tokenizer: Tokenizer) -> dict[str
     """What the manifest says of a domain."""
     read = domain in sources.SOURCES
     made = {} if read else {"generated": f"incidents(seed=0, n={corpora.N_INCIDENTS})"}
+    tokens = {text: len(tokenizer.encode(text).ids) for text in texts}
     return {
         "sources": sources.installed(domain),
         **made,
         "documents": len(texts),
         "characters": sum(map(len, texts)),
-        "tokens": sum(len(tokenizer.encode(text).ids) for text in texts),
+        "tokens": sum(tokens.values()),
+        "held_out": sum(n for text, n in tokens.items() if corpora.is_held_out(text)),
         "sha256": sources.sha256(texts),
     }
 
 
 def table(entries: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| domain | read from | documents | characters | tokens | sha256 |",
-        "|---|---|" + "--:|" * 3 + "---|",
+        "| domain | read from | documents | characters | tokens | of them held out | sha256 |",
+        "|---|---|" + "--:|" * 4 + "---|",
     ]
     for domain, about in entries.items():
         names = [f"{s['distribution']} {s['version']} ({s['licence']})" for s in about["sources"]]
         read = "; ".join(names) or f"`moe_ref.course.corpora.{about['generated']}` (Apache-2.0)"
-        counts = " | ".join(f"{about[name]:,}" for name in ("documents", "characters", "tokens"))
+        counts = " | ".join(f"{about[name]:,}" for name in COUNTS)
         lines.append(f"| {domain} | {read} | {counts} | `{about['sha256'][:12]}` |")
     return "\n".join(lines) + "\n"
 

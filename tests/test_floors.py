@@ -40,7 +40,9 @@ def test_a_module_imports_only_from_floors_below_its_own():
 
 
 def test_only_the_figures_of_the_course_import_matplotlib():
-    assert importers(ROOT, "matplotlib") == {"moe_ref.course.figures"}
+    found = importers(ROOT, "matplotlib")
+    assert found
+    assert all(name.startswith("moe_ref.course.figures.") for name in found)
 
 
 def test_a_package_that_keeps_the_rules_breaks_none(tmp_path):

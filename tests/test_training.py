@@ -19,7 +19,7 @@ from moe_ref.batches import UNGRADED, Batch
 from moe_ref.course import corpora
 from moe_ref.training import TrainingConfig, make_optimizer, train
 
-SMALL = TransformerConfig(4096, 16, 2, 2, 12, n_experts=4, k=2, tied=True)
+SMALL = TransformerConfig(2048, 16, 2, 2, 12, n_experts=4, k=2, tied=True)
 FAST = TrainingConfig(steps=6, warmup=2, lr=0.01)
 TEXTS = {
     "numbers": [f"{i} and {i + 1} make {2 * i + 1}. " * 5 for i in range(60)],
@@ -100,7 +100,7 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch():
 
 def test_padding_is_neither_routed_nor_graded_and_other_targets_may_be_left_ungraded():
     torch.manual_seed(1)
-    tokens, mask = torch.randint(4096, (3, 17)), torch.ones(3, 16, dtype=torch.bool)
+    tokens, mask = torch.randint(2048, (3, 17)), torch.ones(3, 16, dtype=torch.bool)
     mask[1, 5:], mask[2, 1:] = False, False
     targets = tokens[:, 1:].masked_fill(torch.rand(3, 16) < 0.3, UNGRADED)
     targets[:, 0] = tokens[:, 1]

@@ -1,7 +1,8 @@
 """What a notebook of the course calls in its set-up cell, and the few tools later cells share.
 
 `start` checks the notebook's parameters, seeds everything and picks the device. `compare` states
-that two results are the same, `race` and `measure` time code, `environment` describes the machine.
+that two results are the same, `race` and `measure` time code, `claim` says whether a statement
+about time holds, `environment` describes the machine.
 """
 
 import ast
@@ -42,6 +43,13 @@ def start(namespace: dict[str, Any], **rules: Rule) -> torch.device:
     Raises ValueError, naming the parameter, its value and what would be right: for a wrong type, a
     value out of range, a device that is not there, and a name the notebook does not declare.
     """
+    try:
+        return _start(namespace, rules)
+    except ValueError as error:
+        raise brief(error) from None
+
+
+def _start(namespace: dict[str, Any], rules: dict[str, Rule]) -> torch.device:
     cells = _executed_cells(namespace)
     declared = _declared(namespace, cells, rules)
     _refuse_unknown([*declared, *_injected(cells)], [*rules, *_COMMON])
@@ -81,6 +89,22 @@ def find_device(name: str) -> torch.device:
         found = [f"{kind}:{i}" for kind in ("cuda", "mps") for i in range(here[kind])]
         raise ValueError(f"device={name!r} is not on this machine, which has {['cpu', *found]}")
     return device
+
+
+def brief(error: Exception) -> Exception:
+    """The same error, of which Jupyter shows the message only, without the traceback."""
+    shown = f"{type(error).__name__}: {error}".splitlines()
+    error._render_traceback_ = lambda: shown  # type: ignore[attr-defined]  # IPython looks for it
+    return error
+
+
+def claim(what: str, holds: object) -> None:
+    """Print whether a statement about time holds in this run; it may not on a busy machine.
+
+    `scripts/course.py store` stores no notebook in which one does not hold, so what a notebook's
+    text says of time may rest on its claims. What is not a timing is an `assert`.
+    """
+    print(f"claim: {what}: {'holds' if holds else 'does not hold in this run'}")
 
 
 def compare(what: str, ours: Any, theirs: Any, *, tolerance: float = 1e-5) -> None:

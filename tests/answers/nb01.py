@@ -1,5 +1,6 @@
 """Answers to the exercises of notebook 01: the right one, and plausible wrong ones."""
 
+import math
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -31,54 +32,59 @@ def swiglu_interleaved(x, gate_up, down):
     return (F.silu(gate) * up) @ down.T
 
 
-# --------------------------------------------------------------------------------------- ffn_cost
-def ffn_cost(d_model, d_ff, gated):
-    parameters = (3 if gated else 2) * d_model * d_ff
-    return parameters, 2 * parameters
-
-
-def ffn_cost_without_additions(d_model, d_ff, gated):
-    parameters = (3 if gated else 2) * d_model * d_ff
-    return parameters, parameters
-
-
-def ffn_cost_never_gated(d_model, d_ff, gated):
-    return 2 * d_model * d_ff, 4 * d_model * d_ff
-
-
-def ffn_cost_with_backward(d_model, d_ff, gated):
-    parameters = (3 if gated else 2) * d_model * d_ff
-    return parameters, 6 * parameters
+# ----------------------------------------------------------------------------------- backward_work
+def backward_work():
+    weights_frozen = 3 / 3  # products for gradients of inputs, over products of the forward pass
+    input_without = (3 + 1) / 3  # all weights, and the hidden features
+    return weights_frozen, input_without
 
 
 # --------------------------------------------------------------------------------- balance_tokens
-def balance_tokens(flops_per_second, bytes_per_second, bytes_per_weight):
-    return flops_per_second * bytes_per_weight / (2 * bytes_per_second)
+def balance_tokens(d_in, d_out, peak, bandwidth, size):
+    compute = 2 * d_in * d_out / peak
+    move = size * (d_in + d_out) / bandwidth
+    return size * d_in * d_out / bandwidth / (compute - move) if compute > move else math.inf
 
 
-def balance_tokens_without_additions(flops_per_second, bytes_per_second, bytes_per_weight):
-    return flops_per_second * bytes_per_weight / bytes_per_second
+def balance_tokens_without_additions(d_in, d_out, peak, bandwidth, size):
+    return balance_tokens(d_in, d_out, 2 * peak, bandwidth, size)
 
 
-def balance_tokens_of_bytes(flops_per_second, bytes_per_second, bytes_per_weight):
-    return flops_per_second / (2 * bytes_per_second)
+def balance_tokens_of_bytes(d_in, d_out, peak, bandwidth, size):
+    return balance_tokens(d_in, d_out, peak, bandwidth, 1)
 
 
-def balance_tokens_upside_down(flops_per_second, bytes_per_second, bytes_per_weight):
-    return 2 * bytes_per_second / (flops_per_second * bytes_per_weight)
+def balance_tokens_upside_down(d_in, d_out, peak, bandwidth, size):
+    return 1 / balance_tokens(d_in, d_out, peak, bandwidth, size)
 
 
-ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
+def balance_tokens_without_their_own_bytes(d_in, d_out, peak, bandwidth, size):
+    return peak * size / (2 * bandwidth)
+
+
+def balance_tokens_without_results(d_in, d_out, peak, bandwidth, size):
+    return size * d_in * d_out / (2 * d_in * d_out * bandwidth / peak - size * d_in)
+
+
+def balance_tokens_below_zero(d_in, d_out, peak, bandwidth, size):
+    return size * d_in * d_out / (2 * d_in * d_out * bandwidth / peak - size * (d_in + d_out))
+
+
+ANSWERS: dict[str, tuple[Callable, list]] = {
     "swiglu": (
         swiglu,
         [swiglu_up_first, swiglu_with_gelu, swiglu_bent_twice, swiglu_interleaved],
     ),
-    "ffn_cost": (
-        ffn_cost,
-        [ffn_cost_without_additions, ffn_cost_never_gated, ffn_cost_with_backward],
-    ),
+    "backward_work": (backward_work, [(0, 1), (2, 2), (1, 1), (0.5, 1.33)]),
     "balance_tokens": (
         balance_tokens,
-        [balance_tokens_without_additions, balance_tokens_of_bytes, balance_tokens_upside_down],
+        [
+            balance_tokens_without_additions,
+            balance_tokens_of_bytes,
+            balance_tokens_upside_down,
+            balance_tokens_without_their_own_bytes,
+            balance_tokens_without_results,
+            balance_tokens_below_zero,
+        ],
     ),
 }

@@ -29,6 +29,23 @@ def top_k_routing_in_order_of_index(logits, k, renormalize):
     return experts.gather(-1, order), weights.gather(-1, order)
 
 
+def top_k_routing_with_an_unstable_sort(logits, k, renormalize):
+    scores = logits.softmax(dim=-1)
+    experts = scores.argsort(dim=-1, descending=True)[:, :k]
+    weights = scores.gather(-1, experts)
+    return experts, weights / weights.sum(dim=-1, keepdim=True) if renormalize else weights
+
+
+def top_k_routing_by_topk(logits, k, renormalize):
+    weights, experts = logits.softmax(dim=-1).topk(k)
+    return experts, weights / weights.sum(dim=-1, keepdim=True) if renormalize else weights
+
+
+def top_k_routing_with_scores_of_other_experts(logits, k, renormalize):
+    experts, weights = top_k_routing(logits, k, renormalize)
+    return experts.sort(dim=-1).values, weights
+
+
 # ------------------------------------------------------------------------------------ moe_forward
 def moe_forward(x, router, gate_up, down, k, renormalize=True):
     experts, weights = top_k_routing(x @ router.T, k, renormalize)
@@ -60,33 +77,34 @@ def moe_forward_keeping_the_last_answer(x, router, gate_up, down, k):
     return y
 
 
-# -------------------------------------------------------------------------------- parameter_count
-def parameter_count(d_model, d_ff, n_experts, k):
-    router, expert = n_experts * d_model, 3 * d_model * d_ff
-    return router + n_experts * expert, router + k * expert
+def moe_forward_over_all_experts(x, router, gate_up, down, k):
+    experts, weights = top_k_routing(x @ router.T, k, True)
+    of_all = torch.zeros(len(x), len(router)).scatter(1, experts, weights)
+    answers = torch.stack([swiglu(x, *pair) for pair in zip(gate_up, down, strict=True)])
+    return torch.einsum("te,etd->td", of_all, answers)
 
 
-def parameter_count_without_router(d_model, d_ff, n_experts, k):
-    return n_experts * 3 * d_model * d_ff, k * 3 * d_model * d_ff
+def moe_forward_without_a_gradient_for_the_router(x, router, gate_up, down, k):
+    return moe_forward(x, router.detach(), gate_up, down, k)
 
 
-def parameter_count_of_two_matrices(d_model, d_ff, n_experts, k):
-    router = n_experts * d_model
-    return router + n_experts * 2 * d_model * d_ff, router + k * 2 * d_model * d_ff
+# ---------------------------------------------------------------------------------- mixtral_8x22b
+def mixtral_8x22b():
+    expert = 56 * 3 * 6144 * 16384
+    rest = 56 * 2 * 6144 * 128 * (48 + 8) + 2 * 32000 * 6144
+    return (8 * expert + rest) / 1e9, (2 * expert + rest) / 1e9
 
 
-def parameter_count_of_an_active_share_of_all(d_model, d_ff, n_experts, k):
-    total, _ = parameter_count(d_model, d_ff, n_experts, k)
-    return total, total * k // n_experts
-
-
-ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
+ANSWERS: dict[str, tuple[Callable, list]] = {
     "top_k_routing": (
         top_k_routing,
         [
             top_k_routing_with_ties_to_the_higher_index,
             top_k_routing_always_renormalized,
             top_k_routing_in_order_of_index,
+            top_k_routing_with_an_unstable_sort,
+            top_k_routing_by_topk,
+            top_k_routing_with_scores_of_other_experts,
         ],
     ),
     "moe_forward": (
@@ -95,14 +113,9 @@ ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
             moe_forward_without_renormalizing,
             moe_forward_unweighted,
             moe_forward_keeping_the_last_answer,
+            moe_forward_over_all_experts,
+            moe_forward_without_a_gradient_for_the_router,
         ],
     ),
-    "parameter_count": (
-        parameter_count,
-        [
-            parameter_count_without_router,
-            parameter_count_of_two_matrices,
-            parameter_count_of_an_active_share_of_all,
-        ],
-    ),
+    "mixtral_8x22b": (mixtral_8x22b, [(176, 44), (141, 44), (135, 34), (46.7, 12.9)]),
 }

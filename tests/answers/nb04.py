@@ -1,32 +1,25 @@
 """Answers to the exercises of notebook 04: the right one, and plausible wrong ones."""
 
-from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 
 
-# ---------------------------------------------------------------------------------- padding_waste
-def padding_waste(counts):
-    places = len(counts) * counts.max().item()
-    return 1 - counts.sum().item() / places if places else 0.0
-
-
-def padding_waste_over_rows(counts):
-    return len(counts) * counts.max().item() / max(counts.sum().item(), 1) - 1
-
-
-def padding_waste_of_busy_experts(counts):
-    return padding_waste(counts[counts > 0])
-
-
-def padding_waste_as_a_count(counts):
-    return float(len(counts) * counts.max().item() - counts.sum().item())
+# --------------------------------------------------------------------------------- cost_of_moving
+def cost_of_moving():
+    return 2 * 8192 / (3 * 768)
 
 
 # ------------------------------------------------------------------------------------ permutation
 def permutation(experts, n_experts):
     owners = experts.flatten()
     return owners.argsort(stable=True)[: (owners < n_experts).sum()]
+
+
+def permutation_by_an_unstable_sort(experts, n_experts):
+    slots = experts.flatten().numpy()
+    return torch.from_numpy(np.argsort(slots)[: (slots < n_experts).sum()])
 
 
 def permutation_with_nobody_at_the_end(experts, n_experts):
@@ -47,56 +40,90 @@ def permutation_backwards_within_an_expert(experts, n_experts):
     return experts.numel() - 1 - permutation(experts.flatten().flip(0)[:, None], n_experts)
 
 
+def permutation_of_slots_that_stay_where_they_are(experts, n_experts):
+    return (experts.flatten() < n_experts).nonzero()[:, 0]
+
+
 # ---------------------------------------------------------------------------------------- combine
-def combine(rows, order, weights):
-    answers = rows * weights.flatten()[order, None]
+def weighted(rows, order, weights):
+    """The rows of each token added up, each times the weight of its slot."""
+    shares = weights.flatten()[order, None]
     return rows.new_zeros(len(weights), rows.shape[1]).index_add(
-        0, order // weights.shape[1], answers
+        0, order // weights.shape[1], rows * shares
     )
 
 
-def combine_unweighted(rows, order, weights):
-    return combine(rows, order, torch.ones_like(weights))
+def chosen(scores, experts):
+    """The score of each slot; nobody has 0."""
+    return torch.cat([scores, scores.new_zeros(len(scores), 1)], dim=1).gather(1, experts)
 
 
-def combine_with_weights_in_the_order_of_rows(rows, order, weights):
-    inverse = torch.zeros(weights.numel(), dtype=torch.long)
-    inverse[order] = torch.arange(len(order))
-    return combine(rows, order, weights.flatten()[inverse].view(weights.shape))
+def combine(rows, order, scores, experts):
+    return weighted(rows, order, chosen(scores, experts))
 
 
-def combine_keeping_the_last_answer(rows, order, weights):
-    y = rows.new_zeros(len(weights), rows.shape[1])
-    y[order // weights.shape[1]] = rows * weights.flatten()[order, None]
+def combine_by_place_among_all_scores(rows, order, scores, experts):
+    shares = scores.flatten()[order, None]
+    tokens = order // experts.shape[1]
+    return rows.new_zeros(len(scores), rows.shape[1]).index_add(0, tokens, rows * shares)
+
+
+def combine_with_the_first_scores(rows, order, scores, experts):
+    return weighted(rows, order, scores[:, : experts.shape[1]])
+
+
+def combine_with_sorted_scores(rows, order, scores, experts):
+    return weighted(rows, order, scores.topk(experts.shape[1]).values)
+
+
+def combine_unweighted(rows, order, scores, experts):
+    return weighted(rows, order, torch.ones(experts.shape))
+
+
+def combine_renormalizing(rows, order, scores, experts):
+    shares = chosen(scores, experts)
+    return weighted(rows, order, shares / shares.sum(dim=1, keepdim=True).clamp(min=1e-9))
+
+
+def combine_keeping_the_last_row(rows, order, scores, experts):
+    y, shares = rows.new_zeros(len(scores), rows.shape[1]), chosen(scores, experts)
+    y[order // experts.shape[1]] = rows * shares.flatten()[order, None]
     return y
 
 
-def combine_renormalizing_what_is_left(rows, order, weights):
-    kept = torch.zeros(weights.numel()).index_fill(0, order, 1).view(weights.shape) * weights
-    return combine(rows, order, weights / kept.sum(dim=1, keepdim=True).clamp(min=1e-9))
+def combine_with_detached_scores(rows, order, scores, experts):
+    return combine(rows, order, scores.detach(), experts)
 
 
-ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
-    "padding_waste": (
-        padding_waste,
-        [padding_waste_over_rows, padding_waste_of_busy_experts, padding_waste_as_a_count],
-    ),
+def combine_by_the_inverse_permutation(rows, order, scores, experts):
+    by_slot = rows[order.argsort()].unflatten(0, experts.shape)
+    return (by_slot * chosen(scores, experts)[..., None]).sum(dim=1)
+
+
+ANSWERS: dict[str, tuple[Any, list[Any]]] = {
+    "cost_of_moving": (cost_of_moving, [1.0, 3.6, 10.7, 14.2]),
     "permutation": (
         permutation,
         [
+            permutation_by_an_unstable_sort,
             permutation_with_nobody_at_the_end,
             permutation_of_tokens,
             permutation_by_slot_first,
             permutation_backwards_within_an_expert,
+            permutation_of_slots_that_stay_where_they_are,
         ],
     ),
     "combine": (
         combine,
         [
+            combine_by_place_among_all_scores,
+            combine_with_the_first_scores,
+            combine_with_sorted_scores,
             combine_unweighted,
-            combine_with_weights_in_the_order_of_rows,
-            combine_keeping_the_last_answer,
-            combine_renormalizing_what_is_left,
+            combine_renormalizing,
+            combine_keeping_the_last_row,
+            combine_with_detached_scores,
+            combine_by_the_inverse_permutation,
         ],
     ),
 }

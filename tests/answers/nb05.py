@@ -1,37 +1,16 @@
 """Answers to the exercises of notebook 05: the right one, and plausible wrong ones."""
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 
-# --------------------------------------------------------------------------------- capacity_limit
-def capacity_limit(factor, k, tokens, n_experts, minimum):
-    if math.isinf(factor):
-        return tokens
-    return min(tokens, max(minimum, math.ceil(round(factor * k * tokens / n_experts, 6))))
-
-
-def capacity_limit_rounded_down(factor, k, tokens, n_experts, minimum):
-    if math.isinf(factor):
-        return tokens
-    return min(tokens, max(minimum, int(factor * k * tokens / n_experts)))
-
-
-def capacity_limit_without_k(factor, k, tokens, n_experts, minimum):
-    return capacity_limit(factor, 1, tokens, n_experts, minimum)
-
-
-def capacity_limit_of_binary_fractions(factor, k, tokens, n_experts, minimum):
-    if math.isinf(factor):
-        return tokens
-    return min(tokens, max(minimum, math.ceil(factor * k * tokens / n_experts)))
-
-
-def capacity_limit_above_the_tokens(factor, k, tokens, n_experts, minimum):
-    return max(minimum, capacity_limit(factor, k, tokens, n_experts, 0))
+# -------------------------------------------------------------------------------------- fair_drop
+def fair_drop():
+    """Poisson with mean 2: as many tokens are over the limit of 2 as places are empty."""
+    return 100 * (2 * math.exp(-2) + 1 * 2 * math.exp(-2)) / 2
 
 
 # ---------------------------------------------------------------------------------- drop_overflow
@@ -41,12 +20,33 @@ def drop_overflow(experts, limit, n_experts):
     return queue.masked_fill(place > limit, n_experts).view(experts.T.shape).T
 
 
+def drop_overflow_counting_only_the_last_choice(experts, limit, n_experts):
+    kept, taken = experts.clone(), 0
+    for slot in range(experts.shape[1]):
+        asked = F.one_hot(experts[:, slot], n_experts + 1)
+        place = (asked.cumsum(dim=0) + taken).gather(1, experts[:, slot, None])
+        kept[place[:, 0] > limit, slot] = n_experts
+        taken = asked.sum(dim=0)
+    return kept
+
+
 def drop_overflow_by_position(experts, limit, n_experts):
     return drop_overflow(experts.reshape(-1, 1), limit, n_experts).view(experts.shape)
 
 
 def drop_overflow_one_too_many(experts, limit, n_experts):
     return drop_overflow(experts, limit + 1, n_experts)
+
+
+def drop_overflow_never(experts, limit, n_experts):
+    """What a cumulative sum along an axis of one entry does: every place is the first."""
+    chosen = F.one_hot(experts[:, :, None], n_experts + 1)
+    place = chosen.cumsum(dim=2).amax(dim=(2, 3))
+    return experts.masked_fill(place > limit, n_experts)
+
+
+def drop_overflow_one_too_few(experts, limit, n_experts):
+    return drop_overflow(experts, limit - 1, n_experts)
 
 
 def drop_overflow_of_each_slot(experts, limit, n_experts):
@@ -104,22 +104,32 @@ def reroute_twice_to_one_expert(scores, k, limit):
     return torch.tensor(columns).T
 
 
-ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
-    "capacity_limit": (
-        capacity_limit,
-        [
-            capacity_limit_rounded_down,
-            capacity_limit_without_k,
-            capacity_limit_of_binary_fractions,
-            capacity_limit_above_the_tokens,
-        ],
-    ),
+def reroute_with_ties_to_the_last_expert(scores, k, limit):
+    last = scores.shape[1] - 1
+    mirrored = reroute(scores.flip(1), k, limit)
+    return torch.where(mirrored > last, mirrored, last - mirrored)
+
+
+ANSWERS: dict[str, tuple[Any, list[Any]]] = {
+    "fair_drop": (fair_drop, [0, 10, 12.5, 50]),
     "drop_overflow": (
         drop_overflow,
-        [drop_overflow_by_position, drop_overflow_one_too_many, drop_overflow_of_each_slot],
+        [
+            drop_overflow_counting_only_the_last_choice,
+            drop_overflow_by_position,
+            drop_overflow_one_too_many,
+            drop_overflow_one_too_few,
+            drop_overflow_of_each_slot,
+            drop_overflow_never,
+        ],
     ),
     "reroute": (
         reroute,
-        [reroute_never, reroute_token_after_token, reroute_twice_to_one_expert],
+        [
+            reroute_never,
+            reroute_token_after_token,
+            reroute_twice_to_one_expert,
+            reroute_with_ties_to_the_last_expert,
+        ],
     ),
 }

@@ -1,9 +1,7 @@
 """Answers to the exercises of notebook 07: the right one, and plausible wrong ones."""
 
-import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 
@@ -34,33 +32,25 @@ def rotary_at_half_the_exponent(x, theta):
     return rotary(x, theta**0.5)
 
 
-# --------------------------------------------------------------------------------- steps_to_reach
-def steps_to_reach(steps, losses, target):
-    if losses[0] <= target:
-        return float(steps[0])
-    for i in range(1, len(steps)):
-        if losses[i] <= target:
-            part = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-            return steps[i - 1] + part * (steps[i] - steps[i - 1])
-    return math.inf
+# ------------------------------------------------------------------------------------------- fold
+def fold(gate_up, down, scale):
+    return gate_up.clone(), scale * down
 
 
-def steps_to_reach_at_an_evaluation(steps, losses, target):
-    return next((float(s) for s, loss in zip(steps, losses) if loss <= target), math.inf)
+def fold_into_both(gate_up, down, scale):
+    return scale**0.5 * gate_up, scale**0.5 * down
 
 
-def steps_to_reach_in_a_falling_list(steps, losses, target):
-    if min(losses) > target:
-        return math.inf
-    return float(np.interp(-target, [-loss for loss in losses], steps))
+def fold_into_the_first(gate_up, down, scale):
+    return scale * gate_up, down
 
 
-def steps_to_reach_or_the_last(steps, losses, target):
-    return min(steps_to_reach(steps, losses, target), float(steps[-1]))
+def fold_the_other_way(gate_up, down, scale):
+    return gate_up, down / scale
 
 
-def steps_to_reach_for_good(steps, losses, target):
-    return steps_to_reach(steps[-2:], losses[-2:], target)
+def fold_nothing(gate_up, down, scale):
+    return gate_up, down
 
 
 # ------------------------------------------------------------------------------------ upcycle_ffn
@@ -84,6 +74,14 @@ def upcycle_ffn_over_the_experts(gate_up, down, n_experts, total):
     return upcycle_ffn(gate_up, down, n_experts, float(n_experts))
 
 
+def upcycle_ffn_sharing_memory(gate_up, down, n_experts, total):
+    return gate_up.expand(n_experts, -1, -1), (down / total).expand(n_experts, -1, -1)
+
+
+def upcycle_ffn_as_it_stands(gate_up, down, n_experts, total):
+    return gate_up.expand(n_experts, -1, -1), down.expand(n_experts, -1, -1)
+
+
 ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
     "rotary": (
         rotary,
@@ -94,14 +92,9 @@ ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
             rotary_at_half_the_exponent,
         ],
     ),
-    "steps_to_reach": (
-        steps_to_reach,
-        [
-            steps_to_reach_at_an_evaluation,
-            steps_to_reach_in_a_falling_list,
-            steps_to_reach_or_the_last,
-            steps_to_reach_for_good,
-        ],
+    "fold": (
+        fold,
+        [fold_into_both, fold_into_the_first, fold_the_other_way, fold_nothing],
     ),
     "upcycle_ffn": (
         upcycle_ffn,
@@ -110,6 +103,8 @@ ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
             upcycle_ffn_scaling_both,
             upcycle_ffn_times_the_total,
             upcycle_ffn_over_the_experts,
+            upcycle_ffn_sharing_memory,
+            upcycle_ffn_as_it_stands,
         ],
     ),
 }

@@ -1,123 +1,113 @@
 """Answers to the exercises of notebook 08: the right one, and plausible wrong ones."""
 
-import itertools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
-# ----------------------------------------------------------------- 08, mutual_information
-def entropy(*labels):
-    joint = torch.stack(labels).unique(dim=1, return_counts=True)[1] / len(labels[0])
-    return torch.special.entr(joint).sum() / math.log(2)
+# -------------------------------------------------------------------------------- accidental_bits
+def accidental_bits():
+    return (64 - 1) * (8 - 1) / (2 * 2000 * math.log(2))
 
 
-def mutual_information(a, b):
-    return entropy(a) + entropy(b) - entropy(a, b)
+# --------------------------------------------------------------------------------------- renumber
+def renumber(experts, order):
+    return torch.where(experts < 0, experts, order.argsort()[experts])
 
 
-def mutual_information_in_nats(a, b):
-    return mutual_information(a, b) * math.log(2)
+def renumber_as_it_stands(experts, order):
+    return order[experts]
 
 
-def mutual_information_as_a_plain_number(a, b):
-    return mutual_information(a, b).item()
+def renumber_the_wrong_way(experts, order):
+    return torch.where(experts < 0, experts, order[experts])
 
 
-def mutual_information_of_the_joint_alone(a, b):
-    return entropy(a, b)
+def renumber_nobody_too(experts, order):
+    return order.argsort()[experts]
 
 
-def mutual_information_as_what_is_left(a, b):
-    return entropy(a, b) - entropy(a)
+def renumber_nobody_as_expert_0(experts, order):
+    return order.argsort()[experts.clamp(min=0)]
 
 
-def mutual_information_as_a_share(a, b):
-    return mutual_information(a, b) / entropy(a).clamp(min=1e-9)
+def renumber_nobody_as_one_more(experts, order):
+    return torch.where(experts < 0, len(order), order.argsort()[experts])
 
 
-# ---------------------------------------------------------------------- 08, route_without
-def route_without(logits, k, expert):
-    ruled = logits.clone()
-    ruled[:, expert] = -math.inf
-    values, experts = ruled.sort(dim=-1, descending=True, stable=True)
+# ----------------------------------------------------------------------------------- route_around
+def route_around(logits, k, dead):
+    values, experts = logits.masked_fill(dead, -math.inf).sort(dim=-1, descending=True, stable=True)
+    values, experts = values[:, :k], experts[:, :k]
+    empty = values == -math.inf
+    weights = values.softmax(dim=-1).masked_fill(empty, 0)
+    return experts.masked_fill(empty, logits.shape[1]), weights
+
+
+def route_around_by_topk(logits, k, dead):
+    values, experts = logits.masked_fill(dead, -math.inf).topk(k)
+    empty = values == -math.inf
+    weights = values.softmax(dim=-1).masked_fill(empty, 0)
+    return experts.masked_fill(empty, logits.shape[1]), weights
+
+
+def route_around_by_a_logit_of_zero(logits, k, dead):
+    values, experts = logits.masked_fill(dead, 0).sort(dim=-1, descending=True, stable=True)
     return experts[:, :k], values[:, :k].softmax(dim=-1)
 
 
-def route_without_renaming_back(logits, k, expert):
-    left = torch.cat([logits[:, :expert], logits[:, expert + 1 :]], dim=1)
-    values, experts = left.sort(dim=-1, descending=True, stable=True)
-    return experts[:, :k], values[:, :k].softmax(dim=-1)
+def route_around_with_new_numbers(logits, k, dead):
+    return route_around(logits[:, ~dead], k, torch.zeros(int((~dead).sum()), dtype=torch.bool))
 
 
-def route_without_by_a_logit_of_zero(logits, k, expert):
-    ruled = logits.clone()
-    ruled[:, expert] = 0
-    values, experts = ruled.sort(dim=-1, descending=True, stable=True)
-    return experts[:, :k], values[:, :k].softmax(dim=-1)
-
-
-def route_without_renormalising(logits, k, expert):
-    experts, _ = route_without(logits, k, expert)
-    return experts, logits.softmax(dim=-1).gather(-1, experts)
-
-
-def route_without_a_next_best(logits, k, expert):
+def route_around_without_a_next_best(logits, k, dead):
     values, experts = logits.sort(dim=-1, descending=True, stable=True)
-    weights = values[:, :k].softmax(dim=-1)
-    return experts[:, :k], weights.masked_fill(experts[:, :k] == expert, 0)
+    lost = dead[experts[:, :k]]
+    weights = values[:, :k].softmax(dim=-1).masked_fill(lost, 0)
+    return experts[:, :k].masked_fill(lost, logits.shape[1]), weights
 
 
-# -------------------------------------------------------------------------- 08, agreement
-def agreement(a, b, n_experts):
-    return max(
-        (torch.tensor(order)[a] == b).float().mean()
-        for order in itertools.permutations(range(n_experts))
-    )
+def route_around_without_renormalising(logits, k, dead):
+    experts, weights = route_around(logits, k, dead)
+    shares = torch.cat([logits.softmax(dim=-1), torch.zeros(len(logits), 1)], dim=1)
+    return experts, shares.gather(1, experts)
 
 
-def agreement_by_name(a, b, n_experts):
-    return (a == b).float().mean()
+def route_around_that_names_the_dead(logits, k, dead):
+    values, experts = logits.masked_fill(dead, -math.inf).sort(dim=-1, descending=True, stable=True)
+    return experts[:, :k], values[:, :k].softmax(dim=-1).nan_to_num()
 
 
-def agreement_with_every_favourite(a, b, n_experts):
-    meets = torch.bincount(a * n_experts + b, minlength=n_experts**2).view(n_experts, -1)
-    return meets.max(dim=1).values.sum() / len(a)
+def route_around_until_all_are_dead(logits, k, dead):
+    values, experts = logits.masked_fill(dead, -math.inf).sort(dim=-1, descending=True, stable=True)
+    values, experts = values[:, :k], experts[:, :k]
+    experts = experts.masked_fill(values == -math.inf, logits.shape[1])
+    return experts, values.softmax(dim=-1)
 
 
-def agreement_greedy(a, b, n_experts):
-    meets, total = torch.bincount(a * n_experts + b, minlength=n_experts**2), 0
-    meets = meets.view(n_experts, -1)
-    for _ in range(n_experts):
-        best = int(meets.argmax())
-        total += meets.flatten()[best].item()
-        meets[best // n_experts] = meets[:, best % n_experts] = -1
-    return total / len(a)
-
-
-# exercise: (a right answer, plausible wrong ones)
-ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
-    "mutual_information": (
-        mutual_information,
+ANSWERS: dict[str, tuple[Any, list]] = {
+    "accidental_bits": (accidental_bits, [0, 0.03, 1, 3]),
+    "renumber": (
+        renumber,
         [
-            mutual_information_in_nats,
-            mutual_information_of_the_joint_alone,
-            mutual_information_as_what_is_left,
-            mutual_information_as_a_share,
+            renumber_as_it_stands,
+            renumber_the_wrong_way,
+            renumber_nobody_too,
+            renumber_nobody_as_expert_0,
+            renumber_nobody_as_one_more,
         ],
     ),
-    "route_without": (
-        route_without,
+    "route_around": (
+        route_around,
         [
-            route_without_renaming_back,
-            route_without_by_a_logit_of_zero,
-            route_without_renormalising,
-            route_without_a_next_best,
+            route_around_by_topk,
+            route_around_by_a_logit_of_zero,
+            route_around_with_new_numbers,
+            route_around_without_a_next_best,
+            route_around_without_renormalising,
+            route_around_that_names_the_dead,
+            route_around_until_all_are_dead,
         ],
-    ),
-    "agreement": (
-        agreement,
-        [agreement_by_name, agreement_with_every_favourite, agreement_greedy],
     ),
 }

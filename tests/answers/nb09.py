@@ -1,40 +1,68 @@
 """Answers to the exercises of notebook 09: the right one, and plausible wrong ones."""
 
-from collections.abc import Callable
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 
-# --------------------------------------------------------------------------- 09, patchify
-def patchify(images, size):
-    n, height, width = images.shape
-    grid = images.view(n, height // size, size, width // size, size)
-    return grid.transpose(2, 3).reshape(n, -1, size * size)
+# ---------------------------------------------------------------------------------------- assemble
+def assemble(patches, height, width):
+    size = math.isqrt(patches.shape[-1])
+    grid = patches.view(-1, height // size, width // size, size, size)
+    return grid.transpose(2, 3).reshape(-1, height, width)
 
 
-def patchify_by_reshaping(images, size):
-    return images.reshape(len(images), -1, size * size)
+def assemble_by_fold(patches, height, width):
+    size = math.isqrt(patches.shape[-1])
+    return F.fold(patches.mT, (height, width), size, stride=size)[:, 0]
 
 
-def patchify_down_the_columns(images, size):
-    n, height, width = images.shape
-    grid = images.view(n, height // size, size, width // size, size)
-    return grid.permute(0, 3, 1, 2, 4).reshape(n, -1, size * size)
+def assemble_by_reshaping(patches, height, width):
+    return patches.reshape(-1, height, width)
 
 
-def patchify_on_its_side(images, size):
-    return patchify(images, size).unflatten(-1, (size, size)).mT.flatten(-2)
+def assemble_down_the_columns(patches, height, width):
+    size = math.isqrt(patches.shape[-1])
+    grid = patches.view(-1, width // size, height // size, size, size)
+    return grid.permute(0, 2, 3, 1, 4).reshape(-1, height, width)
 
 
-# --------------------------------------------------------------------- 09, admit_by_score
+def assemble_patches_on_their_side(patches, height, width):
+    size = math.isqrt(patches.shape[-1])
+    return assemble(patches.unflatten(-1, (size, size)).mT.flatten(-2), height, width)
+
+
+def assemble_on_its_side(patches, height, width):
+    return assemble(patches, width, height).mT
+
+
+# ---------------------------------------------------------------------------------- admit_by_score
+def _admit(order, back, experts, limit, n_experts):
+    wanted = experts.flatten()[order]
+    place = F.one_hot(wanted, n_experts + 1).cumsum(dim=0).gather(1, wanted[:, None])[:, 0]
+    return wanted.masked_fill(place > limit, n_experts)[back].view(experts.shape)
+
+
 def admit_by_score(experts, weights, limit, n_experts):
     order = weights.flatten().argsort(descending=True, stable=True)
-    ranked = experts.flatten()[order]
-    place = F.one_hot(ranked, n_experts + 1).cumsum(dim=0).gather(1, ranked[:, None])[:, 0]
-    kept = torch.empty_like(ranked)
-    kept[order] = ranked.masked_fill(place > limit, n_experts)
-    return kept.view(experts.shape)
+    return _admit(order, order.argsort(), experts, limit, n_experts)
+
+
+def admit_by_score_with_an_unstable_sort(experts, weights, limit, n_experts):
+    order = weights.flatten().argsort(descending=True)
+    return _admit(order, order.argsort(), experts, limit, n_experts)
+
+
+def admit_by_score_from_the_other_end_of_a_stable_sort(experts, weights, limit, n_experts):
+    order = weights.flatten().argsort(stable=True).flip(0)  # ties come last first
+    return _admit(order, order.argsort(), experts, limit, n_experts)
+
+
+def admit_by_score_ordered_twice(experts, weights, limit, n_experts):
+    order = weights.flatten().argsort(descending=True, stable=True)
+    return _admit(order, order, experts, limit, n_experts)
 
 
 def admit_by_score_in_order_of_tokens(experts, weights, limit, n_experts):
@@ -54,58 +82,41 @@ def admit_by_score_over_all_experts(experts, weights, limit, n_experts):
 
 def admit_by_score_left_in_that_order(experts, weights, limit, n_experts):
     order = weights.flatten().argsort(descending=True, stable=True)
-    return admit_by_score(experts, weights, limit, n_experts).flatten()[order].view(experts.shape)
+    return _admit(order, torch.arange(len(order)), experts, limit, n_experts)
 
 
-# ------------------------------------------------------------------------- 09, multi_gate
-def multi_gate(x, answers, gates):
-    shares = torch.einsum("nd,ted->tne", x, gates).softmax(dim=-1)
-    return torch.einsum("tne,neh->tnh", shares, answers)
+def admit_by_score_with_places_from_zero(experts, weights, limit, n_experts):
+    return admit_by_score(experts, weights, limit + 1, n_experts)
 
 
-def multi_gate_with_one_gate(x, answers, gates):
-    return multi_gate(x, answers, gates[:1].expand_as(gates))
+# --------------------------------------------------------------------------------- images_left_out
+def images_left_out():
+    lag = 1.4 * math.sqrt(128 * 2 * 7 / 8) / 2 / math.sqrt(2)
+    return (64 - lag, 128 * 0.5**16)
 
 
-def multi_gate_with_a_softmax_over_tasks(x, answers, gates):
-    shares = torch.einsum("nd,ted->tne", x, gates).softmax(dim=0)
-    return torch.einsum("tne,neh->tnh", shares, answers)
-
-
-def multi_gate_without_softmax(x, answers, gates):
-    return torch.einsum("nd,ted,neh->tnh", x, gates, answers)
-
-
-def multi_gate_of_the_best_expert(x, answers, gates):
-    best = torch.einsum("nd,ted->tne", x, gates).argmax(dim=-1)
-    return torch.stack([answers[torch.arange(len(x)), chosen] for chosen in best])
-
-
-# exercise: (a right answer, plausible wrong ones)
-
-
-# exercise: (a right answer, plausible wrong ones)
-ANSWERS: dict[str, tuple[Callable, list[Callable]]] = {
-    "patchify": (
-        patchify,
-        [patchify_by_reshaping, patchify_down_the_columns, patchify_on_its_side],
+ANSWERS: dict[str, tuple[Any, list]] = {
+    "assemble": (
+        assemble,
+        [
+            assemble_by_reshaping,
+            assemble_down_the_columns,
+            assemble_patches_on_their_side,
+            assemble_on_its_side,
+        ],
     ),
     "admit_by_score": (
         admit_by_score,
         [
+            admit_by_score_with_an_unstable_sort,
+            admit_by_score_from_the_other_end_of_a_stable_sort,
+            admit_by_score_ordered_twice,
             admit_by_score_in_order_of_tokens,
             admit_by_score_the_smallest_first,
             admit_by_score_over_all_experts,
             admit_by_score_left_in_that_order,
+            admit_by_score_with_places_from_zero,
         ],
     ),
-    "multi_gate": (
-        multi_gate,
-        [
-            multi_gate_with_one_gate,
-            multi_gate_with_a_softmax_over_tasks,
-            multi_gate_without_softmax,
-            multi_gate_of_the_best_expert,
-        ],
-    ),
+    "images_left_out": (images_left_out, [(0, 0), (64, 64), (0, 56), (128, 0)]),
 }

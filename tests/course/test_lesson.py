@@ -183,6 +183,27 @@ def test_a_numbered_device_must_be_among_those_present(monkeypatch):
         lesson.find_device("cuda:2")
 
 
+def test_jupyter_shows_a_bad_parameter_in_one_line():
+    with pytest.raises(ValueError) as caught:
+        lesson.start(injected("k = 9"), **RULES)
+    assert caught.value._render_traceback_() == ["ValueError: k=9 is more than n_experts=8"]
+
+
+@pytest.mark.parametrize(
+    ("holds", "verdict"),
+    [
+        (True, "holds"),
+        (np.bool_(True), "holds"),
+        (torch.tensor(1.0) > 0, "holds"),
+        (False, "does not hold in this run"),
+        (torch.tensor(1.0) < 0, "does not hold in this run"),
+    ],
+)
+def test_a_claim_is_reported_and_never_raises(holds, verdict, capsys):
+    lesson.claim("sorting is at most twice as slow", holds)
+    assert capsys.readouterr().out == f"claim: sorting is at most twice as slow: {verdict}\n"
+
+
 def test_compare_prints_that_results_are_equal(capsys):
     x = torch.randn(4, 3)
     lesson.compare("outputs", x + 1e-7, x)

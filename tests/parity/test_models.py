@@ -108,7 +108,7 @@ def test_a_model_with_a_scale_is_saved_once_the_scale_is_folded(tmp_path):
 
 def test_the_tokenizer_beside_the_weights_is_ours(tmp_path):
     torch.manual_seed(0)
-    model = Transformer(dataclasses.replace(CONFIGS["mixtral"], vocab_size=4096))
+    model = Transformer(dataclasses.replace(CONFIGS["mixtral"], vocab_size=2048))
     checkpoints.save(model, tmp_path, tokenizer=corpora.data_file("tokenizer.json"))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for domain in corpora.DOMAINS:

@@ -11,7 +11,7 @@ FILES = ("tokenizer.json", "manifest.json", "README.md")
 
 
 def test_the_command_rewrites_exactly_the_committed_files(tmp_path, monkeypatch, capsys):
-    texts = {domain: corpora.documents(domain) for domain in corpora.DOMAINS}
+    texts = {d: corpora.documents(d) for d in (*corpora.DOMAINS, *corpora.LARGE)}
     monkeypatch.setattr(corpora, "assembled", texts.get)  # assembled already
     shutil.copy(ROOT / "data" / "README.md", tmp_path)
     runpy.run_path(str(ROOT / "scripts" / "text.py"))["main"]([], data=tmp_path)

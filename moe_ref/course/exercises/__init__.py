@@ -1,45 +1,49 @@
 """The exercise checks of the course, one file for each notebook.
 
-A check takes the reader's function, tries it on small cases first (ties, idle experts, one token,
-every expert chosen), and prints a verdict or raises with the first case it gets wrong.
+A check takes the reader's function or guess. A function is tried on small cases first (ties, idle
+experts, one token, every expert chosen), and the first case it gets wrong is shown.
 """
 
-from .nb00 import expert_counts
-from .nb01 import balance_tokens, ffn_cost, swiglu
-from .nb02 import moe_forward, parameter_count, top_k_routing
-from .nb03 import expert_choice, group_limited
-from .nb04 import combine, padding_waste, permutation
-from .nb05 import capacity_limit, drop_overflow, reroute
-from .nb06 import balance_loss, bias_update
-from .nb07 import rotary, steps_to_reach, upcycle_ffn
-from .nb08 import agreement, mutual_information, route_without
-from .nb09 import admit_by_score, multi_gate, patchify
+from .nb00 import expert_counts, gate_weights, idle_experts
+from .nb01 import backward_work, balance_tokens, swiglu
+from .nb02 import mixtral_8x22b, moe_forward, top_k_routing
+from .nb03 import expert_choice_padded, group_limited, switch_layer
+from .nb04 import combine, cost_of_moving, permutation
+from .nb05 import drop_overflow, fair_drop, reroute
+from .nb06 import balance_loss, biased_top_k, idle_updates
+from .nb07 import fold, rotary, upcycle_ffn
+from .nb08 import accidental_bits, renumber, route_around
+from .nb09 import admit_by_score, assemble, images_left_out
 
 __all__ = [
+    "accidental_bits",
     "admit_by_score",
-    "agreement",
+    "assemble",
+    "backward_work",
     "balance_loss",
     "balance_tokens",
-    "bias_update",
-    "capacity_limit",
+    "biased_top_k",
     "combine",
+    "cost_of_moving",
     "drop_overflow",
-    "expert_choice",
+    "expert_choice_padded",
     "expert_counts",
-    "ffn_cost",
+    "fair_drop",
+    "fold",
+    "gate_weights",
     "group_limited",
+    "idle_experts",
+    "idle_updates",
+    "images_left_out",
+    "mixtral_8x22b",
     "moe_forward",
-    "multi_gate",
-    "mutual_information",
-    "padding_waste",
-    "parameter_count",
-    "patchify",
     "permutation",
+    "renumber",
     "reroute",
     "rotary",
-    "route_without",
-    "steps_to_reach",
+    "route_around",
     "swiglu",
+    "switch_layer",
     "top_k_routing",
     "upcycle_ffn",
 ]

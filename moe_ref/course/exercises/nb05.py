@@ -1,42 +1,32 @@
 """Exercise checks of notebook 05: capacity."""
 
-import math
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...capacity import Capacity
+from ...routers import TopKRouter
 from ...specification import largest
-from .grading import distinct, grade, normal
+from .grading import distinct, grade, normal, predict, tied
 
 
-def capacity_limit(attempt: Callable) -> None:
-    """Exercise of 05: capacity_limit(factor, k, tokens, n_experts, minimum) -> places."""
+def fair_drop(guess: float | None) -> None:
+    """Exercise of 05: percent dropped by a fair router of 256 experts, top-8, 64 tokens."""
+    why = (
+        "An even share is 64 * 8 / 256 = 2 tokens for each expert, and chance moves that by about"
+        " its root, 1.4: what counts is the tokens of one expert, not those of the batch."
+    )
+    predict(guess, _fair_drop, 4, why)
 
-    def specification(factor: float, k: int, tokens: int, n_experts: int, minimum: int) -> int:
-        if math.isinf(factor):
-            return tokens
-        share = Fraction(str(factor)) * k * tokens / n_experts  # 1.1 counts as 11/10
-        return min(tokens, max(minimum, math.ceil(share)))
 
-    def cases() -> Iterator[dict[str, Any]]:
-        for factor, k, tokens, n_experts, minimum in [
-            (1.0, 1, 8, 8, 1),
-            (1.0, 1, 5, 8, 0),
-            (1.0, 2, 5, 4, 1),
-            (1.25, 2, 100, 8, 4),
-            (0.1, 1, 10, 8, 4),
-            (1.0, 1, 2, 8, 4),
-            (8.0, 2, 16, 8, 1),
-            (1.1, 1, 100, 10, 1),
-            (math.inf, 2, 6, 4, 1),
-        ]:
-            sizes = {"k": k, "tokens": tokens, "n_experts": n_experts}
-            yield {"factor": factor, **sizes, "minimum": minimum}
-
-    grade(attempt, specification, cases())
+def _fair_drop() -> float:
+    """Mean over 100 batches, in percent."""
+    router, rule = TopKRouter(256, 256, 8).requires_grad_(False), Capacity(1.0)
+    router.weight.copy_(torch.eye(256))  # logits are the features: equal chances for all
+    dropped = [rule(router(torch.randn(64, 256))).dropped_fraction for _ in range(100)]
+    return 100 * torch.stack(dropped).mean().item()
 
 
 def drop_overflow(attempt: Callable) -> None:
@@ -50,16 +40,34 @@ def drop_overflow(attempt: Callable) -> None:
                     kept[t, slot], room[e] = e, room[e] - 1
         return kept
 
-    def cases() -> Iterator[dict[str, Any]]:
+    def cases() -> Iterator[tuple[str, dict[str, Any]]]:
+        rule = "earlier choices go first, each in the order of tokens"
         tight = torch.tensor([[0, 1], [1, 0]])  # token 0's second choice is token 1's first
-        yield {"experts": tight, "limit": 1, "n_experts": 2}
-        for tokens, k, n_experts, limit in [(1, 1, 1, 1), (4, 1, 2, 1), (6, 2, 3, 3), (8, 4, 4, 5)]:
+        yield rule, {"experts": tight, "limit": 1, "n_experts": 2}
+        for tokens, k, n_experts, limit in [
+            (1, 1, 1, 1),
+            (4, 1, 2, 1),
+            (6, 2, 3, 3),
+            (3, 3, 3, 2),
+            (8, 4, 4, 5),
+        ]:
             experts = distinct(tokens, k, n_experts)
-            yield {"experts": experts, "limit": limit, "n_experts": n_experts}
+            yield rule, {"experts": experts, "limit": limit, "n_experts": n_experts}
         padded = torch.tensor([[3, 3], [0, 1], [3, 3], [0, 1], [3, 3]])  # 3 is nobody
-        yield {"experts": padded, "limit": 1, "n_experts": 3}
+        yield rule, {"experts": padded, "limit": 1, "n_experts": 3}
 
-    grade(attempt, specification, cases())
+    def within_limit(given: Tensor, experts: Tensor, limit: int, n_experts: int) -> bool:
+        return bool((given.flatten().bincount(minlength=n_experts)[:n_experts] <= limit).all())
+
+    def no_place_wasted(given: Tensor, experts: Tensor, limit: int, n_experts: int) -> bool:
+        kept, asked = (e.flatten().bincount(minlength=n_experts) for e in (given, experts))
+        return bool((kept[:n_experts] >= asked[:n_experts].clamp(max=limit)).all())
+
+    rules = {
+        "no expert serves more than its limit": within_limit,
+        "nobody is dropped while the expert has a place": no_place_wasted,
+    }
+    grade(attempt, specification, cases(), kind="bug", rules=rules)
 
 
 def reroute(attempt: Callable) -> None:
@@ -81,15 +89,38 @@ def reroute(attempt: Callable) -> None:
                 if room[e] > 0:
                     slots[t][slot], room[e] = e, room[e] - 1
 
-    def cases() -> Iterator[dict[str, Any]]:
-        # Nobody's third choice is heard before everybody's second.
+    def cases() -> Iterator[Any]:
         rounds = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.7, 0.2, 0.1], [0.6, 0.1, 0.3]])
         yield {"scores": torch.tensor([[0.7, 0.3], [0.6, 0.4]]), "k": 1, "limit": 1}
-        yield {"scores": rounds, "k": 1, "limit": 1}
+        yield (
+            "nobody's third choice is heard before everybody's second",
+            {"scores": rounds, "k": 1, "limit": 1},
+        )
         yield {"scores": torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3]]), "k": 2, "limit": 1}
         for tokens, n_experts, k, limit in [(1, 1, 1, 1), (4, 4, 2, 2), (4, 2, 2, 3), (6, 4, 3, 4)]:
             scores = normal(tokens, n_experts).softmax(dim=-1)
             yield {"scores": scores, "k": k, "limit": limit}
-        yield {"scores": torch.full((5, 3), 1 / 3), "k": 2, "limit": 3}  # all tied
+        ties = "of equal scores the lower expert index comes first"
+        yield ties, {"scores": torch.full((5, 3), 1 / 3), "k": 2, "limit": 3}
+        yield ties, {"scores": tied(4, 64), "k": 2, "limit": 1}
 
-    grade(attempt, specification, cases())
+    def apart(given: Tensor, scores: Tensor, k: int, limit: int) -> bool:
+        served = [[e for e in row if e < scores.shape[1]] for row in given.tolist()]
+        return all(len(set(row)) == len(row) for row in served)
+
+    def within_limit(given: Tensor, scores: Tensor, k: int, limit: int) -> bool:
+        served = given[given < scores.shape[1]]
+        return bool((served.bincount() <= limit).all())
+
+    def no_place_left(given: Tensor, scores: Tensor, k: int, limit: int) -> bool:
+        nobody = scores.shape[1]
+        counts = given.flatten().bincount(minlength=nobody)[:nobody].tolist()
+        room = {e for e, count in enumerate(counts) if count < limit}
+        return not any(nobody in row and room - set(row) for row in given.tolist())
+
+    rules = {
+        "two slots of a token never share an expert": apart,
+        "no expert serves more than its limit": within_limit,
+        "a slot stays empty only if no other expert has room": no_place_left,
+    }
+    grade(attempt, specification, cases(), rules=rules)

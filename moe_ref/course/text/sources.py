@@ -23,8 +23,21 @@ _SYMPY_PROSE = (
     " utilities"
 )
 _NUMPY_PROSE = "_core fft lib linalg ma polynomial"
+_TORCH = "_dynamo _functorch _inductor _refs ao distributed distributions export fx nn optim utils"
+_SYMPY_LIBRARY = (
+    "algebras assumptions calculus categories combinatorics concrete core crypto diffgeom functions"
+    " holonomic integrals interactive liealgebras logic matrices multipledispatch parsing physics"
+    " plotting polys printing sandbox simplify solvers strategies tensor unify utilities"
+)
+_LARGE = {
+    "torch": tuple(f"torch/{name}/" for name in _TORCH.split()),
+    "scipy": ("scipy/",),
+    "pandas": ("pandas/",),
+    "scikit-learn": ("sklearn/",),
+}
 
 # For each domain: distributions, and the folders read inside each. "incidents" is made, not read.
+# "library" is more code, and "manual" more prose, from other folders: for long trainings only.
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "code": {
         "networkx": ("networkx/",),
@@ -40,6 +53,8 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "russian": {"jupyterlab-language-pack-ru-RU": ("jupyterlab_language_pack_ru_RU/",)},
     "japanese": {"jupyterlab-language-pack-ja-JP": ("jupyterlab_language_pack_ja_JP/",)},
     "chinese": {"jupyterlab-language-pack-zh-CN": ("jupyterlab_language_pack_zh_CN/",)},
+    "library": _LARGE | {"sympy": tuple(f"sympy/{name}/" for name in _SYMPY_LIBRARY.split())},
+    "manual": _LARGE,
 }
 
 # A message is kept if most of its letters are of the language's script, and if it is a phrase.
@@ -63,8 +78,9 @@ def assemble(domain: str) -> tuple[str, ...]:
 
     Raises ModuleNotFoundError that names a missing distribution and the command that installs it.
     """
-    make: Callable[[str], Iterable[str]]
-    make = {"code": _code, "prose": _prose}.get(domain, _messages)
+    make: Callable[[str], Iterable[str]] = _messages
+    if domain in ("code", "library", "prose", "manual"):
+        make = _code if domain in ("code", "library") else _prose
     collecting = gc.isenabled()
     gc.disable()  # syntax trees are many objects and no cycles: this halves the time
     try:
@@ -108,7 +124,7 @@ def installed(domain: str) -> list[dict[str, str]]:
     return [
         {
             "distribution": name,
-            "version": _distribution(name, domain).version,
+            "version": _distribution(name, domain).version.partition("+")[0],  # not the build
             "licence": _licence(_distribution(name, domain)),
         }
         for name in SOURCES.get(domain, {})
@@ -179,7 +195,7 @@ def _code(domain: str) -> Iterator[str]:
             lines[docstring.lineno - 1 : docstring.end_lineno] = stub
         bare = re.sub(r"\n{4,}", "\n\n\n", "\n".join(line.rstrip() for line in lines)).strip()
         for document in pack(re.split(r"\n\n\n(?=\S)", bare), "\n\n\n", 4000):
-            if len(document) >= 200:
+            if 200 <= len(document) <= 40_000:  # the longest are tables of numbers
                 yield document + "\n"
 
 

@@ -411,9 +411,9 @@ def test_a_missing_data_file_is_named_with_what_it_is_and_how_to_get_it(
 # ---------------------------------------------------------------- tokenizer
 
 
-def test_the_vocabulary_has_4096_entries_and_two_special_ones():
+def test_the_vocabulary_has_2048_entries_and_two_special_ones():
     tokenizer = corpora.tokenizer()
-    assert tokenizer.get_vocab_size() == 4096
+    assert tokenizer.get_vocab_size() == 2048
     assert tokenizer.token_to_id("<|pad|>") == corpora.PAD == 0
     assert tokenizer.token_to_id("<|endoftext|>") == corpora.END == 1
 
@@ -621,7 +621,7 @@ def test_a_bad_sweep_is_refused_at_once():
 
 def test_a_held_out_loss_is_the_mean_over_every_held_out_token_of_a_domain():
     torch.manual_seed(0)
-    model = Transformer(TransformerConfig(4096, 16, 1, 2, 12, n_experts=4, router="noisy_top_k"))
+    model = Transformer(TransformerConfig(2048, 16, 1, 2, 12, n_experts=4, router="noisy_top_k"))
     ours = corpora.held_out_losses(model, ("japanese", "chinese"), batch=3, seq=64)
     assert model.training and all(block.training for block in model.blocks)
     model.eval()
@@ -636,7 +636,7 @@ def test_a_held_out_loss_is_the_mean_over_every_held_out_token_of_a_domain():
 
 def test_a_domain_has_the_same_held_out_loss_in_whatever_company():
     torch.manual_seed(0)
-    model = Transformer(TransformerConfig(4096, 16, 1, 2, 12, n_experts=4, capacity_factor=1.0))
+    model = Transformer(TransformerConfig(2048, 16, 1, 2, 12, n_experts=4, capacity_factor=1.0))
     several = corpora.held_out_losses(model, SMALL, batch=4, seq=16, limit=6)
     mine = {"mine": corpora.documents("russian")}
     alone = corpora.held_out_losses(model, mine, batch=4, seq=16, limit=6)
@@ -645,6 +645,6 @@ def test_a_domain_has_the_same_held_out_loss_in_whatever_company():
 
 
 def test_held_out_losses_of_a_wrong_domain_are_refused():
-    model = Transformer(TransformerConfig(4096, 16, 1, 2, 12))
+    model = Transformer(TransformerConfig(2048, 16, 1, 2, 12))
     with pytest.raises(ValueError, match="domains='french' is one string"):
         corpora.held_out_losses(model, "french")
