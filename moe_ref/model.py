@@ -40,7 +40,7 @@ class TransformerConfig:
         d_ff: hidden features of a dense block, or of each expert.
         n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads heads of queries;
             None: n_heads.
-        n_experts: experts of a MoE block; 0: no block is MoE.
+        n_experts: experts of an MoE block; 0: no block is MoE.
         k: experts that serve a token.
         every: 1: all blocks are MoE; 2: every second one, the second first; and so on.
         d_dense: hidden features of the dense blocks among MoE blocks; None: k * d_ff, which costs

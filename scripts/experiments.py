@@ -12,7 +12,7 @@ interrupted command can be given again.
     fine        equal active FLOPs: 8 experts top-2 (in "experts"); 32 of a quarter of the size,
                 top-8; 31, top-7, and a shared one that every token visits
     hunger      the dense model and the MoE, trained on an eighth of the documents
-    upcycling   a dense model upcycled half-way, with the moments of AdamW carried over; a MoE of
+    upcycling   a dense model upcycled half-way, with the moments of AdamW carried over; an MoE of
                 the same shape from scratch; the dense model itself is in "rates"
 
 Every model starts at the same output scale: see `moe_ref.model.fold_scale`. Training reads code,

@@ -103,7 +103,7 @@ def test_no_expert_is_dead_and_none_has_three_times_its_share_of_the_mix_it_was_
 
 @each
 def test_greedy_text_of_the_domains_it_was_trained_on_is_words_in_latin_letters(name):
-    """Of the four languages it has read 0.6 million tokens: those go on in code."""
+    """Of the four languages it has read too little, and goes on in code."""
     for domain, text in TINY["samples"](model(name)).items():
         if domain not in corpora.LANGUAGES:
             letters = [letter for letter in text.lower() if letter.isalpha()]

@@ -57,7 +57,7 @@ def drop_overflow(attempt: Callable) -> None:
         yield rule, {"experts": padded, "limit": 1, "n_experts": 3}
 
     def within_limit(given: Tensor, experts: Tensor, limit: int, n_experts: int) -> bool:
-        return bool((given.flatten().bincount(minlength=n_experts)[:n_experts] <= limit).all())
+        return _within_limit(given, n_experts, limit)
 
     def no_place_wasted(given: Tensor, experts: Tensor, limit: int, n_experts: int) -> bool:
         kept, asked = (e.flatten().bincount(minlength=n_experts) for e in (given, experts))
@@ -92,35 +92,36 @@ def reroute(attempt: Callable) -> None:
     def cases() -> Iterator[Any]:
         rounds = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.7, 0.2, 0.1], [0.6, 0.1, 0.3]])
         yield {"scores": torch.tensor([[0.7, 0.3], [0.6, 0.4]]), "k": 1, "limit": 1}
-        yield (
-            "nobody's third choice is heard before everybody's second",
-            {"scores": rounds, "k": 1, "limit": 1},
-        )
+        rule = "nobody's third choice is heard before everybody's second"
+        yield rule, {"scores": rounds, "k": 1, "limit": 1}
         yield {"scores": torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3]]), "k": 2, "limit": 1}
         for tokens, n_experts, k, limit in [(1, 1, 1, 1), (4, 4, 2, 2), (4, 2, 2, 3), (6, 4, 3, 4)]:
             scores = normal(tokens, n_experts).softmax(dim=-1)
             yield {"scores": scores, "k": k, "limit": limit}
         ties = "of equal scores the lower expert index comes first"
-        yield ties, {"scores": torch.full((5, 3), 1 / 3), "k": 2, "limit": 3}
-        yield ties, {"scores": tied(4, 64), "k": 2, "limit": 1}
+        for scores, limit in [(torch.full((5, 3), 1 / 3), 3), (tied(4, 64), 1)]:
+            yield ties, {"scores": scores, "k": 2, "limit": limit}
 
-    def apart(given: Tensor, scores: Tensor, k: int, limit: int) -> bool:
-        served = [[e for e in row if e < scores.shape[1]] for row in given.tolist()]
-        return all(len(set(row)) == len(row) for row in served)
+    def apart(given: Tensor, scores: Tensor, **_: Any) -> bool:
+        rows = ([e for e in row if e < scores.shape[1]] for row in given.tolist())
+        return all(len(set(row)) == len(row) for row in rows)
 
     def within_limit(given: Tensor, scores: Tensor, k: int, limit: int) -> bool:
-        served = given[given < scores.shape[1]]
-        return bool((served.bincount() <= limit).all())
+        return _within_limit(given, scores.shape[1], limit)
 
     def no_place_left(given: Tensor, scores: Tensor, k: int, limit: int) -> bool:
-        nobody = scores.shape[1]
-        counts = given.flatten().bincount(minlength=nobody)[:nobody].tolist()
-        room = {e for e, count in enumerate(counts) if count < limit}
-        return not any(nobody in row and room - set(row) for row in given.tolist())
+        counts = given.flatten().bincount(minlength=scores.shape[1]).tolist()
+        room = {e for e in range(scores.shape[1]) if counts[e] < limit}
+        return not any(scores.shape[1] in row and room - set(row) for row in given.tolist())
 
-    rules = {
+    rules: dict[str, Callable[..., bool]] = {
         "two slots of a token never share an expert": apart,
         "no expert serves more than its limit": within_limit,
         "a slot stays empty only if no other expert has room": no_place_left,
     }
     grade(attempt, specification, cases(), rules=rules)
+
+
+def _within_limit(experts: Tensor, n_experts: int, limit: int) -> bool:
+    served = experts[experts < n_experts]
+    return bool((served.bincount() <= limit).all())

@@ -10,12 +10,8 @@ from numpy.typing import ArrayLike
 
 from .figure import array, legend, look, number, numbers, painted, places, plot, show, thinned
 
-PLATE = {
-    "fc": "white",
-    "ec": "none",
-    "pad": 0.6,
-    "alpha": 0.75,
-}  # behind words that a line may cross
+# Behind words that a line may cross.
+PLATE = {"fc": "white", "ec": "none", "pad": 0.6, "alpha": 0.75}
 
 
 def lines(
@@ -82,29 +78,25 @@ def bars(
         y: name of the axis, with its unit.
         spread: error bars of a name: half their height, or the pair (lows, highs).
         level: named level lines, each at its y.
-        missing: the word for NaN.
-        digits: significant digits of the numbers.
+        missing, digits: the word for NaN, and the significant digits of the numbers.
     """
-    axes = plot(title, "", y, size=_bars_size(values, labels))
-    width = 0.8 / len(values)
+    axes, width = plot(title, "", y, size=_bars_size(values, labels)), 0.8 / len(values)
     heights = {name: array(column).reshape(-1) for name, column in values.items()}
     ends = {name: _ends(heights[name], array(half)) for name, half in (spread or {}).items()}
     everything = np.concatenate(list(heights.values()))
-    words = {name: numbers(column, digits, everything) for name, column in heights.items()}
     words = {
-        name: [missing if w == "none" else w for w in column] for name, column in words.items()
+        name: [missing if word == "none" else word for word in numbers(column, digits, everything)]
+        for name, column in heights.items()
     }
     for i, (name, column) in enumerate(heights.items()):
         colour, hatch, _, _ = look(i)
         at = np.arange(len(labels)) + (i - (len(values) - 1) / 2) * width
-        drawn = axes.bar(at, column, width * 0.92, label=name, color=colour, hatch=hatch,
-                         edgecolor="white")  # fmt: skip
+        axes.bar(at, column, width * 0.92, label=name, color=colour, hatch=hatch,
+                 edgecolor="white", linewidth=0.8)  # fmt: skip
         if name in ends:
-            reach = np.abs(ends[name] - column)
-            axes.errorbar(at, column, reach, fmt="none", ecolor="black", capsize=3, lw=1.1)
+            axes.errorbar(at, column, np.abs(ends[name] - column), fmt="none", ecolor="black",
+                          capsize=3, lw=1.1)  # fmt: skip
         _write_on_bars(axes, at, column, words[name], ends.get(name))
-        for patch in drawn:
-            patch.set_linewidth(0.8)
     axes.set_xticks(range(len(labels)), labels)
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.12)

@@ -9,8 +9,8 @@ from .drawing import DENSE, FAINT, FFN, LINE, ROUTER, Board, listed, shortened
 
 
 def transformer_block(moe: bool = False) -> None:
-    """A pre-norm transformer block, with a dense FFN or with a MoE layer in its place."""
-    part, name = ("a MoE layer", "MoE layer") if moe else ("an FFN", "FFN")
+    """A pre-norm transformer block, with a dense FFN or with an MoE layer in its place."""
+    part, name = ("an MoE layer", "MoE layer") if moe else ("an FFN", "FFN")
     title = f"A block adds to its input what attention, then what {part} makes of it"
     board = Board(title, 8.8, 2.35 if moe else 1.8)
     top, low = 0.35, 1.5 if moe else 1.25
@@ -137,7 +137,7 @@ def _vector(board: Board, at: tuple[float, float], cells: int, name: str, size: 
 
 
 def moe_layer(n_experts: int = 4, k: int = 2) -> None:
-    """One token through a MoE layer: scored, sent to k experts, their outputs summed by weight.
+    """One token through an MoE layer: scored, sent to k experts, their outputs summed by weight.
 
     Of more than six experts, the first four and the last are drawn.
     """

@@ -10,7 +10,7 @@ from .figure import array, numbers
 
 
 def upcycling(n_experts: int = 4) -> None:
-    """A dense block becomes a MoE block: its FFN is copied to every expert, the router is new."""
+    """A dense block becomes an MoE block: its FFN is copied to every expert, the router is new."""
     shown = shortened(n_experts, 4)
     title = f"Upcycling: {n_experts} copies of the trained FFN, and a new router"
     board = Board(title, 8.8, 2.9)

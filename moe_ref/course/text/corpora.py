@@ -235,7 +235,8 @@ def held_out_losses(
 def mean_loss(losses: Mapping[str, float]) -> float:
     """The mean over all held-out tokens of these domains: each counts by its held-out size.
 
-    The languages of the interface, 3 % of the text, are left out, unless there is nothing else.
+    The languages of the interface, under 1 % of the text, are left out, unless there is nothing
+    else.
 
     Args:
         losses: by domain, as `held_out_losses` gives them.

@@ -29,15 +29,12 @@ _SYMPY_LIBRARY = (
     " holonomic integrals interactive liealgebras logic matrices multipledispatch parsing physics"
     " plotting polys printing sandbox simplify solvers strategies tensor unify utilities"
 )
-_LARGE = {
+_LARGE: dict[str, tuple[str, ...]] = {
     "torch": tuple(f"torch/{name}/" for name in _TORCH.split()),
-    "scipy": ("scipy/",),
-    "pandas": ("pandas/",),
-    "scikit-learn": ("sklearn/",),
-}
+} | {"scipy": ("scipy/",), "pandas": ("pandas/",), "scikit-learn": ("sklearn/",)}
 
-# For each domain: distributions, and the folders read inside each. "incidents" is made, not read.
-# "library" is more code, and "manual" more prose, from other folders: for long trainings only.
+# For each domain: distributions, and the folders read inside each ("incidents" is made, not read).
+# "library" is more code, and "manual" more prose, for long trainings only.
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "code": {
         "networkx": ("networkx/",),
@@ -78,9 +75,9 @@ def assemble(domain: str) -> tuple[str, ...]:
 
     Raises ModuleNotFoundError that names a missing distribution and the command that installs it.
     """
-    make: Callable[[str], Iterable[str]] = _messages
-    if domain in ("code", "library", "prose", "manual"):
-        make = _code if domain in ("code", "library") else _prose
+    make: Callable[[str], Iterable[str]]
+    own = {"code": _code, "library": _code, "prose": _prose, "manual": _prose}
+    make = own.get(domain, _messages)
     collecting = gc.isenabled()
     gc.disable()  # syntax trees are many objects and no cycles: this halves the time
     try:

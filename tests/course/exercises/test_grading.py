@@ -212,8 +212,9 @@ def test_a_guess_is_compared_and_explained(guess, truth, printed, capsys):
     assert capsys.readouterr().out.startswith(printed)
 
 
-def test_nothing_is_computed_for_a_guess_that_was_not_made():
+def test_nothing_is_computed_for_a_guess_that_was_not_made(capsys):
     predict(None, lambda: pytest.fail("computed"), 0.1, "Because.")
+    assert capsys.readouterr().out.startswith("not attempted yet")
 
 
 def test_tied_numbers_are_of_a_few_values():
