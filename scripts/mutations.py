@@ -63,7 +63,7 @@ MUTATIONS = [
     ),
     Mutation(
         "imbalance of the idlest expert, counted by telemetry",
-        "08",
+        "06",
         "moe_ref/telemetry.py",
         "self.demand.max().item() / mean",
         "self.demand.min().item() / mean",
