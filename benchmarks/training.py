@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_ref import Transformer, checkpoints, training
 from moe_ref.course import corpora, lesson
+from moe_ref.model import fold_scale
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +73,8 @@ def main() -> None:
     config = training.TrainingConfig(steps=1000, lr=1e-4, autocast=options.autocast)
     batch = next(corpora.batches(corpora.DOMAINS, batch=options.batch, seq=options.seq))
     torch.manual_seed(0)
-    built = {name: Transformer(shape).to(options.device) for name, shape in models().items()}
+    shapes = models().items()
+    built = {name: fold_scale(Transformer(shape)).to(options.device) for name, shape in shapes}
     runners: dict = {name: ours(model, batch, config) for name, model in built.items()}
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.save(built["moe"], folder)
