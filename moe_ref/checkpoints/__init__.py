@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .._files import read_object, read_tensors, write_tensors, write_text
-from ..model import Transformer, TransformerConfig
+from ..config import TransformerConfig
+from ..model import Transformer
 from ..routers import TopKRouter
 from . import mixtral
 from .family import Family, read

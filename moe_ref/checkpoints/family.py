@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ..model import TransformerConfig
+from ..config import TransformerConfig
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 KINDS |= {dict: "an object"}

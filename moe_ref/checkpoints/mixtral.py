@@ -7,7 +7,7 @@ and `MistralForCausalLM`.
 from collections.abc import Mapping
 from typing import Any
 
-from ..model import TransformerConfig
+from ..config import TransformerConfig
 from .family import read
 
 
@@ -28,7 +28,7 @@ def layout(config: TransformerConfig) -> dict[str, tuple[str, Any]]:
             names[f"{theirs}.mlp.down_proj.weight"] = f"{ours}.mlp.down.weight", whole
             continue
         names[f"{theirs}.block_sparse_moe.gate.weight"] = f"{ours}.mlp.router.weight", whole
-        for e in range(config.n_experts):
+        for e in range(config.experts_of(i)):
             expert = f"{theirs}.block_sparse_moe.experts.{e}"
             names[f"{expert}.w1.weight"] = f"{ours}.mlp.experts.gate_up", (e, gate)
             names[f"{expert}.w3.weight"] = f"{ours}.mlp.experts.gate_up", (e, up)
@@ -70,7 +70,7 @@ def read_config(settings: Mapping[str, Any]) -> TransformerConfig:
 
 def write_config(config: TransformerConfig) -> dict[str, Any]:
     """The config.json of a model."""
-    settings = {
+    settings: dict[str, Any] = {
         "architectures": ["MixtralForCausalLM" if config.n_experts else "MistralForCausalLM"],
         "model_type": "mixtral" if config.n_experts else "mistral",
         "vocab_size": config.vocab_size,
