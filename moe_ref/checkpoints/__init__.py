@@ -8,19 +8,30 @@ of `family.Family` is a family of formats; a line in `FAMILIES` makes it known.
 import inspect
 import json
 import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from .._files import read_object, read_tensors, write_tensors, write_text
+from .._files import read_object, write_tensors, write_text
 from ..model import Transformer, TransformerConfig
 from ..routers import TopKRouter
 from . import mixtral
-from .family import Family, read
+from .family import HEAD, Family, Layout, read
+from .reading import Source, fill, matched, progress, spellings, survey
+from .reading import weight_files as weight_files
 
 # By the model_type of config.json. `save` takes the first family that can hold the model.
 FAMILIES: dict[str, Family] = {"mixtral": mixtral, "mistral": mixtral}
+
+# What `Transformer` lacks, by the model_type of other formats.
+UNSUPPORTED = {
+    "deepseek_v2": "multi-head latent attention",
+    "deepseek_v3": "multi-head latent attention",
+}
 
 TOKENIZER = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -60,10 +71,10 @@ def save(
     family, settings = _written(model.config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = dict(model.named_parameters())
+    ours = model.state_dict()
     tensors = {
-        name: parameters[ours].detach()[index].to(dtype or parameters[ours].dtype).cpu().clone()
-        for name, (ours, index) in family.layout(model.config).items()
+        name: place.of(ours).reshape(place.shape_in(ours)).to("cpu", dtype, copy=True)
+        for name, place in family.layout(model.config).items()
     }
     settings["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -92,55 +103,88 @@ def load(
             damaged, or a tensor is missing, unknown or of the wrong shape; each is named.
     """
     folder = Path(folder)
+    family, config = _described(folder)
+    layout = family.layout(config)
+    with torch.device("meta"):
+        model = Transformer(config)
+    known = {n for name, place in layout.items() for n in spellings(name, place)} | {HEAD}
+    _fill(model, layout, folder, known, device, dtype, whole=True)
+    return model.eval()
+
+
+def _described(folder: Path) -> tuple[Family, TransformerConfig]:
+    """The family and the model of a folder's config.json."""
     if not folder.is_dir():
         raise FileNotFoundError(_nowhere(folder))
     path = _existing(folder / "config.json")
     settings = read_object(path)
     try:
         kind = read(settings, "model_type", str)
+        if kind in UNSUPPORTED:
+            raise ValueError(
+                f"model_type={kind!r} needs {UNSUPPORTED[kind]}, which `Transformer` lacks;"
+                f" supported are {', '.join(FAMILIES)}"
+            )
         if kind not in FAMILIES:
             raise ValueError(f"model_type={kind!r} is none of {', '.join(FAMILIES)}")
-        config = FAMILIES[kind].read_config(settings)
+        return FAMILIES[kind], FAMILIES[kind].read_config(settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    with torch.device(device):
-        model = Transformer(config).to(dtype or torch.get_default_dtype())
-    _fill(model, FAMILIES[kind].layout(config), folder)
-    return model.eval()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [_existing(folder / "model.safetensors")]
-    files = read_object(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise ValueError(f"{index}: weight_map must be an object of tensors and their files")
-    return [_existing(folder / name) for name in sorted(set(files.values()))]
+def _fill(
+    module: nn.Module,
+    layout: Layout,
+    folder: Path,
+    known: set[str],
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    whole: bool,
+) -> None:
+    """Give a module of the meta device its tensors, and read them from the files."""
+    wanted = {n for name, place in layout.items() for n in spellings(name, place)}
+    found = survey(folder, None if whole else wanted)
+    try:
+        sources = matched(layout, module.state_dict(), found, known)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    dtypes = _dtypes(sources.values()) if dtype is None else defaultdict(lambda: dtype)
+    _allocate(module, dtypes, device)
+    with progress(sources.values(), folder.name) as advance:
+        fill(module.state_dict(), sources.values(), advance)
 
 
-def _fill(model: Transformer, layout: dict[str, tuple[str, Any]], folder: Path) -> None:
-    """Copy the tensors of the files into the model; ValueError names all that do not fit."""
-    parameters, missing, wrong = dict(model.named_parameters()), set(layout), []
-    for path in weight_files(folder):
-        for name, tensor in read_tensors(path).items():
-            if name not in layout:
-                if not (model.config.tied and name == "lm_head.weight"):
-                    wrong.append(f"{name} is not a tensor of this model")
-                continue
-            missing.discard(name)
-            ours, index = layout[name]
-            place = parameters[ours].detach()[index]
-            if place.shape != tensor.shape:
-                wrong.append(f"{name} is {list(tensor.shape)}, not {list(place.shape)}")
-            elif not tensor.is_floating_point():
-                wrong.append(f"{name} is {tensor.dtype}, not of floating-point numbers")
-            else:
-                place.copy_(tensor)
-    wrong += [f"{name} is missing" for name in sorted(missing)]
-    if wrong:
-        raise ValueError(f"{folder}: " + "; ".join(wrong))
+def _dtypes(sources: Iterable[Source]) -> Mapping[str, torch.dtype]:
+    """The dtype of each parameter: for all that of most numbers, but for a router its own."""
+    numbers: Counter[torch.dtype] = Counter()
+    own: dict[str, torch.dtype] = {}
+    for source in sources:
+        numbers[source.dtype] += math.prod(source.shape)
+        if "router" in source.place.ours.split("."):
+            before = own.get(source.place.ours, source.dtype)
+            own[source.place.ours] = torch.promote_types(before, source.dtype)
+    most = numbers.most_common(1)[0][0]
+    return defaultdict(lambda: most, own)
+
+
+def _allocate(
+    module: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device | str
+) -> None:
+    """Memory for the tensors of a module that is on the meta device; tied ones stay tied.
+
+    A buffer keeps its dtype: it is one that must be exact.
+    """
+    new: dict[int, Tensor] = {}
+    for prefix, part in module.named_modules():
+        for name, old in [*part.named_parameters(recurse=False)]:
+            ours = f"{prefix}.{name}".lstrip(".")
+            if id(old) not in new:
+                new[id(old)] = nn.Parameter(
+                    torch.empty_like(old, device=device, dtype=dtypes[ours])
+                )
+            setattr(part, name, new[id(old)])
+        for name, old in [*part.named_buffers(recurse=False)]:
+            setattr(part, name, torch.empty_like(old, device=device))
 
 
 def _written(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
