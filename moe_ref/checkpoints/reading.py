@@ -1,43 +1,36 @@
-"""Safetensors files, read straight into a model: they are checked first, then read row by row.
+"""Reading a folder's tensors straight into a model: all are checked before the first is read."""
 
-`survey` opens the files that hold what is wanted and looks at their headers; `matched` compares
-these with the places in the model, and names all that is wrong at once; `fill` reads.
-"""
-
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import prod
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from .._files import read_object
-from .family import Coded, Layout, Place
+from .family import HEAD, Coded, Layout, Place
+from .folder import Entry, Survey, survey
 
-INDEX, SINGLE, SHARDS = "model.safetensors.index.json", "model.safetensors", "model-*.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CHUNK = 16 << 20  # bytes read at a time: a tensor of any size is converted in so little memory
-MAPPED = 64 << 20  # bytes after which files are opened anew: until then, pages read stay in memory
-LISTED = 50  # what is wrong, in one message
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a file, as the file's header describes it."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+CHUNK = 16 << 20  # bytes read at a time, so that a conversion needs no copy of a large tensor
+MAPPED = 64 << 20  # bytes read, at least, before files are opened anew
+LISTED = 50  # faults that one message names
 
 
 @dataclass(frozen=True)
 class Source:
-    """What fills a place: a tensor of a file, or the coded form of one."""
+    """What fills a place: a tensor of a file, or the tensors that hold it coded.
+
+    Attributes:
+        place: what it fills.
+        entries: the tensors.
+        shape, dtype: of the tensor, once it is decoded.
+        coded: how it is decoded; None: it is as it should be.
+    """
 
     place: Place
     entries: tuple[Entry, ...]
@@ -46,233 +39,192 @@ class Source:
     coded: Coded | None
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What is in the files of a folder.
-
-    Attributes:
-        entries: each tensor, in the order in which the files hold them.
-        index: the file of each tensor, as the index has it; empty without one.
-        wrong: what is wrong with files and index.
-        damaged: names of files that can't be read.
-    """
-
-    entries: dict[str, Entry] = field(default_factory=dict)
-    index: dict[str, str] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-    damaged: set[str] = field(default_factory=set)
-
-
-def weight_files(folder: Path, wanted: set[str] | None = None) -> list[Path]:
-    """The safetensors files of a folder that are to be read: one, or those that its index names.
+def read_into(
+    module: nn.Module,
+    layout: Layout,
+    folder: Path,
+    *,
+    whole: Layout | None = None,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a module memory, and fill it from the files of a folder.
 
     Args:
+        module: is on the meta device.
+        layout: the places to fill: all of its parameters and buffers.
         folder: of a checkpoint.
-        wanted: names of tensors; of the files of an index, only those with one of them are taken.
-            None: all.
+        whole: the layout of the whole model, if that is more: files that only hold tensors of the
+            rest are not opened. None: all files are read.
+        device, dtype: as in `checkpoints.load`.
 
     Raises:
-        FileNotFoundError: if one is missing.
-        ValueError: if the index is damaged, or names what is not a file of this folder.
+        FileNotFoundError: if the files are missing.
+        ValueError: if anything is wrong with them; all that is wrong is named.
     """
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    index = read_index(folder)
-    if not index:
-        shards = sorted(folder.glob(SHARDS))
-        if shards and wanted is not None:
-            return shards
-        raise FileNotFoundError(_no_weights(folder))
-    names = {file for tensor, file in index.items() if wanted is None or tensor in wanted}
-    missing = [str(folder / name) for name in sorted(names) if not (folder / name).exists()]
-    if missing:
-        verb = "does not exist" if len(missing) == 1 else "do not exist"
-        raise FileNotFoundError(f"{', '.join(missing)} {verb}; {folder / INDEX} names them")
-    return [folder / name for name in sorted(names)]
-
-
-def read_index(folder: Path) -> dict[str, str]:
-    """The file of each tensor, as the index of a folder has it; empty if there is no index.
-
-    A file must be one of the folder: its name may have no folder in it. Where a link of that name
-    leads is up to whoever made the folder: Hugging Face's cache consists of such links.
-    """
-    path = folder / INDEX
-    if (folder / SINGLE).exists() or not path.exists():
-        return {}
-    files = read_object(path).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise ValueError(f"{path}: weight_map must be an object of tensors and their files")
-    outside = sorted({name for name in files.values() if not _is_plain(name)})
-    if outside:
-        raise ValueError(
-            f"{path}: weight_map must name safetensors files of this folder, not"
-            f" {', '.join(map(repr, outside))}"
-        )
-    return files
-
-
-def _is_plain(name: str) -> bool:
-    plain = PurePosixPath(name).name == name == PureWindowsPath(name).name
-    return plain and name.endswith(".safetensors") and "\0" not in name
-
-
-def _no_weights(folder: Path) -> str:
-    pickles = sorted(
-        p.name for end in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{end}")
-    )
-    if not pickles:
-        return f"{folder / SINGLE} does not exist; a checkpoint folder has one"
-    return (
-        f"{folder / SINGLE} does not exist, and {pickles[0]} is not read: it is a pickle, which can"
-        " run any code. Have its owner, or a sandbox, save it as safetensors"
-    )
-
-
-def survey(folder: Path, wanted: set[str] | None = None) -> Survey:
-    """Look at the headers of the files, and at their index, without reading a tensor.
-
-    Args:
-        folder: of a checkpoint.
-        wanted: names of tensors; files that hold none of them are left alone. None: all files.
-    """
-    found = Survey(index=read_index(folder))
-    for path in weight_files(folder, wanted):
-        try:
-            entries = headers(path)
-        except ValueError as error:
-            found.wrong.append(str(error))
-            found.damaged.add(path.name)
-            continue
-        for name, entry in entries.items():
-            if found.index and found.index.get(name) != path.name:
-                said = found.index.get(name, "no file")
-                found.wrong.append(f"{name} is in {path.name}, but {INDEX} names {said}")
-            elif name in found.entries:
-                found.wrong.append(f"{name} is in {found.entries[name].path.name} and {path.name}")
-            found.entries.setdefault(name, entry)
-    return found
-
-
-def headers(path: Path) -> dict[str, Entry]:
-    """The tensors of a file, in its order; ValueError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            parts = {name: file.get_slice(name) for name in file.offset_keys()}
-            return {
-                name: Entry(path, name, tuple(part.get_shape()), part.get_dtype())
-                for name, part in parts.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    empty = module.state_dict(keep_vars=True)
+    wanted = {name for tensor, place in layout.items() for name in spellings(tensor, place)}
+    found = survey(folder, wanted if whole is not None else None)
+    names = {
+        name for tensor, place in (whole or layout).items() for name in spellings(tensor, place)
+    }
+    known = names | {HEAD}  # a tied model's file may repeat the embedding as its head
+    sources = matched(layout, empty, found, folder, known)
+    allocate(module, dtypes(sources) if dtype is None else defaultdict(lambda: dtype), device)
+    with progress(sources, folder.name) as advance:
+        fill(module.state_dict(), sources, advance)
 
 
 def spellings(name: str, place: Place) -> list[str]:
-    """The names by which files may hold what fills a place."""
+    """The names by which a file may hold what fills a place: its own, and those of coded parts."""
     return [name, *(name + ending for ending in (place.coded.endings if place.coded else ()))]
 
 
 def matched(
-    layout: Layout, tensors: Mapping[str, Tensor], found: Survey, known: set[str]
-) -> dict[str, Source]:
-    """What fills each place, in the order of the files.
-
-    Args:
-        layout: the places to fill.
-        tensors: the model's, on the meta device.
-        found: what the files hold.
-        known: names that files may hold besides, and that are not read.
-
-    Raises:
-        ValueError: if a tensor is missing, unknown, of another shape, or not of floating-point
-            numbers, or a file is damaged; all of them are named.
-    """
-    sources, wrong = {}, list(found.wrong)
+    layout: Layout, empty: Mapping[str, Tensor], found: Survey, folder: Path, known: set[str]
+) -> list[Source]:
+    """What fills each place, in the order of the files; see `read_into`."""
+    sources, wrong = [], list(found.wrong)
     for name, place in layout.items():
         names = spellings(name, place)
-        coded = place.coded if name not in found.entries else None
-        entries = [
-            found.entries[n] for n in (names[1:] if coded else names[:1]) if n in found.entries
-        ]
-        if len(entries) < (len(names) - 1 if coded else 1):
-            if not found.damaged or found.index.get(name) not in {None, *found.damaged}:
-                wrong.append(f"{name} is missing")
-            continue
-        shape, dtype = entries[0].shape, FLOATS.get(entries[0].dtype)
-        if coded:
-            none = coded.decode(*(Files().rows(entry, 0, 0) for entry in entries))
-            shape, dtype = (*shape[:1], *none.shape[1:]), none.dtype
-        expected = place.shape_in(tensors)
-        if shape != expected:
-            wrong.append(f"{name} is {list(shape)}, not {list(expected)}")
-        elif dtype is None:
-            wrong.append(f"{name} is {entries[0].dtype}, not of floating-point numbers")
+        if name in found.entries or not any(part in found.entries for part in names):
+            names = names[:1]
         else:
-            sources[name] = Source(place, tuple(entries), shape, dtype, coded)
-    wrong += [f"{n} is not a tensor of this model" for n in found.entries if n not in known]
+            names = names[1:]
+        absent = [part for part in names if part not in found.entries]
+        # What a damaged file would have held is not called missing.
+        wrong += [f"{part} is missing" for part in absent if not _is_damaged(part, found)]
+        if not absent:
+            entries = tuple(found.entries[part] for part in names)
+            sources.append(_source(place, entries, place.coded if names[0] != name else None))
+            wrong += _misfits(name, sources[-1], empty)
+    wrong += [
+        f"{name} is not a tensor of this model" for name in found.entries if name not in known
+    ]
+    filled = {id(empty[place.ours]) for place in layout.values()}
+    wrong += [f"{name} is not in this format" for name in empty if id(empty[name]) not in filled]
     if wrong:
         more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        raise ValueError("; ".join(wrong[:LISTED]) + more)
+        raise ValueError(f"{folder}: {'; '.join(wrong[:LISTED])}{more}")
     order = {name: position for position, name in enumerate(found.entries)}
-    return dict(sorted(sources.items(), key=lambda item: order[item[1].entries[0].name]))
+    return sorted(sources, key=lambda source: order[source.entries[0].name])
 
 
-class Files:
-    """Open safetensors files; they are opened anew now and then, to let go of the pages read."""
+def _is_damaged(name: str, found: Survey) -> bool:
+    """Whether a tensor may be in a file that can't be read."""
+    return found.index.get(name) in found.damaged if found.index else bool(found.damaged)
 
-    def __init__(self) -> None:
-        self._open: dict[Path, Any] = {}
-        self._mapped = 0
 
-    def rows(self, entry: Entry, first: int, last: int) -> Tensor:
-        """Some rows of a tensor, along its first axis; of a number, the number itself."""
-        if self._mapped > MAPPED:
-            self._open.clear()
-            self._mapped = 0
-        if entry.path not in self._open:
-            self._open[entry.path] = safe_open(entry.path, "pt")
-        file = self._open[entry.path]
-        # A slice of a tensor without axes is an error.
-        rows = file.get_slice(entry.name)[first:last] if entry.shape else None
-        rows = file.get_tensor(entry.name) if rows is None else rows
-        self._mapped += rows.nbytes
-        return rows
+def _source(place: Place, entries: tuple[Entry, ...], coded: Coded | None) -> Source:
+    if coded is None:
+        dtype = FLOATS.get(entries[0].dtype, torch.bool)
+        return Source(place, entries, entries[0].shape, dtype, None)
+    none = coded.decode(*(Files(0).rows(entry, 0, 0) for entry in entries))
+    return Source(place, entries, (*entries[0].shape[:1], *none.shape[1:]), none.dtype, coded)
+
+
+def _misfits(name: str, source: Source, empty: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with a tensor, each in a sentence."""
+    wrong, expected = [], source.place.shape_in(empty)
+    if source.shape != expected:
+        wrong.append(f"{name} is {list(source.shape)}, not {list(expected)}")
+    if not source.dtype.is_floating_point:
+        wrong.append(f"{name} is {source.entries[0].dtype}, not one of {', '.join(FLOATS)}")
+    heights = [entry.shape[0] for entry in source.entries[1:]]
+    if any(height != source.shape[0] for height in heights):
+        wrong.append(f"{name} is coded in parts of {source.shape[0]} and {heights} rows")
+    return wrong
+
+
+def dtypes(sources: Iterable[Source]) -> Mapping[str, torch.dtype]:
+    """The dtype of each parameter: that of most numbers, but a router keeps its own."""
+    numbers: Counter[torch.dtype] = Counter()
+    own: dict[str, torch.dtype] = {}
+    for source in sources:
+        ours = source.place.ours
+        numbers[source.dtype] += math.prod(source.shape)
+        if "router" in ours.split("."):
+            own[ours] = torch.promote_types(own.get(ours, source.dtype), source.dtype)
+    most = numbers.most_common(1)[0][0]
+    return defaultdict(lambda: most, own)
+
+
+def allocate(
+    module: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device | str
+) -> None:
+    """Memory for the tensors of a module on the meta device; what is tied stays tied.
+
+    Buffers keep their dtype: a router's bias is float32 whatever the rest is.
+    """
+    new: dict[int, nn.Parameter] = {}
+    for prefix, part in module.named_modules():
+        for name, old in list(part.named_parameters(recurse=False)):
+            if id(old) not in new:
+                dtype = dtypes[f"{prefix}.{name}".lstrip(".")]
+                new[id(old)] = nn.Parameter(torch.empty_like(old, device=device, dtype=dtype))
+            setattr(part, name, new[id(old)])
+        for name, old in list(part.named_buffers(recurse=False)):
+            setattr(part, name, torch.empty_like(old, device=device))
 
 
 def fill(
-    tensors: Mapping[str, Tensor], sources: Iterable[Source], progress: Callable[[int], object]
+    tensors: Mapping[str, Tensor], sources: list[Source], progress: Callable[[int], object]
 ) -> None:
-    """Copy what the files hold into the model, a few rows at a time.
+    """Copy what the files hold into the model, some rows at a time.
 
     Args:
         tensors: the model's.
-        sources: from `matched`.
-        progress: is called with the number of bytes read.
+        sources: what fills them.
+        progress: is called with the number of numbers read.
     """
-    files = Files()
+    files = Files(max(MAPPED, sum(tensor.nbytes for tensor in tensors.values()) // 20))
     for source in sources:
-        part = source.place.of(tensors)
-        shape = source.shape
-        whole = not shape or part.shape[:1] != shape[:1]
-        height = shape[0] if shape else 1
-        size = prod(shape) * source.dtype.itemsize
-        step = height if whole else max(1, CHUNK * height // max(1, size))
-        for first in range(0, height, max(1, step)):
+        part, shape = source.place.of(tensors), source.shape or (1,)
+        whole = part.shape[:1] != shape[:1]  # the view has no rows in common with the file
+        step = CHUNK // max(1, math.prod(shape[1:]) * source.dtype.itemsize)
+        step = shape[0] if whole else max(1, step)
+        for first in range(0, shape[0], max(1, step)):
             pieces = [files.rows(entry, first, first + step) for entry in source.entries]
-            rows = source.coded.decode(*pieces) if source.coded else pieces[0]
+            rows = pieces[0] if source.coded is None else source.coded.decode(*pieces)
             target = part if whole else part[first : first + step]
             target.copy_(rows.reshape(target.shape))
-            progress(sum(piece.nbytes for piece in pieces))
+            progress(sum(piece.numel() for piece in pieces))
+
+
+class Files:
+    """Open safetensors files, which are mapped: pages that were read stay in memory until closed.
+
+    Args:
+        limit: bytes read until all files are opened anew.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._read = limit, 0
+        self._open: dict[Path, Any] = {}
+
+    def rows(self, entry: Entry, first: int, last: int) -> Tensor:
+        """Some rows of a tensor, along its first axis; of a tensor without axes, all of it."""
+        if self._read > self._limit:
+            self._open.clear()
+            self._read = 0
+        if entry.path not in self._open:
+            self._open[entry.path] = safe_open(entry.path, "pt")
+        file = self._open[entry.path]
+        rows = (
+            file.get_slice(entry.name)[first:last] if entry.shape else file.get_tensor(entry.name)
+        )
+        self._read += rows.nbytes
+        return rows
 
 
 @contextmanager
 def progress(sources: Iterable[Source], title: str) -> Iterator[Callable[[int], object]]:
-    """A bar for the bytes of the sources, shown after a few seconds and only if tqdm is there."""
+    """A bar that appears after a few seconds, if tqdm is there; to be called with what was read."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        yield lambda read: None
+        yield lambda numbers: None
         return
-    total = sum(prod(entry.shape) for source in sources for entry in source.entries)
-    with tqdm(total=total, desc=title, unit=" numbers", unit_scale=True, delay=3) as bar:
+    total = sum(math.prod(entry.shape) for source in sources for entry in source.entries)
+    with tqdm(total=total, desc=title, unit=" weights", unit_scale=True, delay=3) as bar:
         yield bar.update
