@@ -21,7 +21,10 @@ def naive(layer, x, mask=None):
     """The layer by its specification, on the same parameters."""
     shared = None if layer.shared is None else tuple(layer.shared.parameters())
     router, experts = layer.router, layer.experts
-    mixed = [] if layer.mix is None else parameters(layer.mix)
+
+    def mix(token):
+        return MIXES[layer.mix.kind](token, *layer.mix.parameters())
+
     decision = specification.top_k(
         x,
         router.weight,
@@ -36,9 +39,7 @@ def naive(layer, x, mask=None):
         experts.down,
         activation=experts.activation,
         shared=shared,
-        **(
-            {} if layer.mix is None else {"mix": lambda token: MIXES[layer.mix.kind](token, *mixed)}
-        ),
+        **({} if layer.mix is None else {"mix": mix}),
     )
 
 
