@@ -10,14 +10,15 @@ import inspect
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from .._files import read_object
 from .._validate import check_sizes
+from ..config import TransformerConfig
 from ..layer import MoELayer
-from ..model import Transformer, TransformerConfig, make_mlp
+from ..model import Transformer, make_mlp
 from ..routers import TopKRouter
 from . import mixtral
 from .family import Family, Layout, read
@@ -181,13 +182,11 @@ def layer(
     """
     folder = Path(folder)
     family, config = _described(folder)
-    moe = [str(i) for i in range(config.n_layers) if config.is_moe(i)]
-    if str(number) not in moe:
-        raise ValueError(
-            f"number={number!r} is no block with experts; {folder} has {', '.join(moe)}"
-        )
+    numbers = [i for i in range(config.n_layers) if config.is_moe(i)]
+    if number not in numbers:
+        raise ValueError(f"number={number!r} is no block with experts; these are: {numbers}")
     with torch.device("meta"):
-        module = make_mlp(config, number)
+        module = cast(MoELayer, make_mlp(config, number))
     whole = family.layout(config)
     layout = _block(whole, number, "mlp.", "")
     read_into(module, layout, folder, whole=whole, device=device, dtype=dtype)
@@ -227,12 +226,12 @@ def _block(layout: Layout, number: int, part: str, ours: str) -> Layout:
 def _only(config: TransformerConfig, numbers: range) -> TransformerConfig:
     """A model of some blocks of another, each of the kind that it was."""
     experts = tuple(config.experts_of(number) for number in numbers)
-    windows = tuple(config.windows[number % len(config.windows)] for number in numbers)
-    changes: dict[str, Any] = {"n_layers": len(numbers), "windows": windows, "every": 1}
-    if any(experts):
-        return dataclasses.replace(config, n_experts=experts, **changes)
-    d_ff = config.d_ff if not config.has_experts else config.d_dense or config.k * config.d_ff
-    return dataclasses.replace(config, n_experts=0, d_ff=d_ff, **changes)
+    windows = tuple(config.window_of(number) for number in numbers)
+    part: dict[str, Any] = {"n_layers": len(numbers), "windows": windows, "every": 1}
+    part["n_experts"] = experts if any(experts) else 0
+    if not any(experts):
+        part["d_ff"] = config.dense_features
+    return dataclasses.replace(config, **part)
 
 
 def _written(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
@@ -252,11 +251,18 @@ def _written(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
 def _meaning(config: TransformerConfig) -> dict[str, Any]:
     """All that decides what a model computes, with defaults filled in."""
     ignored = {"backend"}
-    if not config.n_experts:
-        ignored |= {"k", "every", "d_dense", "d_shared", "router", "router_options"}
+    if not config.has_experts:
+        ignored |= {"k", "every", "d_dense", "d_shared", "shared_mix", "router", "router_options"}
         ignored |= {"capacity_factor", "capacity_options"}
-    fields = vars(config) | {"n_kv_heads": config.kv_heads}
-    if config.every == 1:
+    blocks = range(config.n_layers)
+    experts, windows = [config.experts_of(i) for i in blocks], [config.window_of(i) for i in blocks]
+    fields = vars(config) | {"n_kv_heads": config.kv_heads, "d_head": config.head_features}
+    fields |= {"windows": windows, "attention_scale": config.attention_scale or "1/sqrt(d_head)"}
+    for every in range(1, config.n_layers + 1):  # the same blocks, said in one number
+        if experts == [max(experts) * ((i + 1) % every == 0) for i in blocks]:
+            fields |= {"n_experts": max(experts), "every": every}
+            break
+    if all(experts):
         fields["d_dense"] = None  # there are no dense blocks among the MoE blocks
     if math.isinf(config.capacity_factor):
         fields["capacity_options"] = {}

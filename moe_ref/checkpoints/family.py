@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..model import TransformerConfig
+from ..config import TransformerConfig
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 KINDS |= {dict: "an object"}
@@ -85,6 +85,13 @@ def backbone(config: TransformerConfig) -> Layout:
         for short, long in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
             name, place = f"{theirs}.self_attn.{short}_proj", f"{ours}.attention.{long}"
             places[f"{name}.weight"] = Place(f"{place}.weight")
+            if config.out_bias if short == "o" else config.qkv_bias:
+                places[f"{name}.bias"] = Place(f"{place}.bias")
+        for short, long in (("q", "query"), ("k", "key")) if config.qk_norm else ():
+            name, place = f"{theirs}.self_attn.{short}_norm", f"{ours}.attention.{long}_norm"
+            places[f"{name}.weight"] = Place(f"{place}.weight")
+        if config.sinks:
+            places[f"{theirs}.self_attn.sinks"] = Place(f"{ours}.attention.sinks")
     places["model.norm.weight"] = Place("norm.weight")
     if not config.tied:
         places[HEAD] = Place("head.weight")
@@ -171,15 +178,14 @@ def read_backbone(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rope_type={rope['rope_type']!r} is not default")
     heads = read(settings, "num_attention_heads", int)
     width = read(settings, "hidden_size", int)
-    head_dim = read(settings, "head_dim", int, None)
-    if head_dim is not None and head_dim * heads != width:
-        raise ValueError(f"head_dim={head_dim} is not hidden_size / num_attention_heads")
+    d_head = read(settings, "head_dim", int, None)
     return {
         "vocab_size": read(settings, "vocab_size", int),
         "d_model": width,
         "n_layers": read(settings, "num_hidden_layers", int),
         "n_heads": heads,
         "n_kv_heads": read(settings, "num_key_value_heads", int, None),
+        "d_head": None if d_head is None or d_head * heads == width else d_head,
         "tied": read(settings, "tie_word_embeddings", bool, False),
         "rope_theta": read(rope, "rope_theta", float, read(settings, "rope_theta", float, 1e4)),
         "norm_eps": read(settings, "rms_norm_eps", float),

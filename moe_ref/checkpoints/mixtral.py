@@ -7,7 +7,7 @@ and `MistralForCausalLM`.
 from collections.abc import Mapping
 from typing import Any
 
-from ..model import TransformerConfig
+from ..config import TransformerConfig
 from .family import (
     Layout,
     Place,
@@ -24,36 +24,36 @@ from .family import (
 def layout(config: TransformerConfig) -> Layout:
     """The place of each tensor of a file, by its name."""
     places, names = backbone(config), ("w1", "w3", "w2")
-    for theirs, ours in blocks(config):
-        if not config.n_experts:
-            places |= gated(f"{theirs}.mlp", f"{ours}.mlp", config.d_ff)
+    for i, (theirs, ours) in enumerate(blocks(config)):
+        if not config.is_moe(i):
+            places |= gated(f"{theirs}.mlp", f"{ours}.mlp", config.dense_features)
             continue
         moe, mlp = f"{theirs}.block_sparse_moe", f"{ours}.mlp"
         places[f"{moe}.gate.weight"] = Place(f"{mlp}.router.weight")
-        experts, count = (f"{moe}.experts", f"{mlp}.experts"), config.n_experts
+        experts, count = (f"{moe}.experts", f"{mlp}.experts"), config.experts_of(i)
         places |= gated(*experts, config.d_ff, experts=count, names=names)
     return places
 
 
 def read_config(settings: Mapping[str, Any]) -> TransformerConfig:
     """The model that a config.json describes; ValueError if `Transformer` can't be it."""
-    refuse_others(settings, hidden_act="silu", sliding_window=None)
+    refuse_others(settings, hidden_act="silu")
     moe = settings["model_type"] == "mixtral"
     return TransformerConfig(
         **read_backbone(settings),
         d_ff=read(settings, "intermediate_size", int),
         n_experts=read(settings, "num_local_experts", int) if moe else 0,
         k=read(settings, "num_experts_per_tok", int) if moe else 2,
+        windows=(read(settings, "sliding_window", int, None),),
     )
 
 
 def write_config(config: TransformerConfig) -> dict[str, Any]:
     """The config.json of a model."""
-    kind = (
-        ("mixtral", "MixtralForCausalLM") if config.n_experts else ("mistral", "MistralForCausalLM")
-    )
-    settings = write_backbone(config, *kind)
-    settings |= {"intermediate_size": config.d_ff, "sliding_window": None}
-    if config.n_experts:
-        settings |= {"num_local_experts": config.n_experts, "num_experts_per_tok": config.k}
+    name = "Mixtral" if config.has_experts else "Mistral"
+    settings = write_backbone(config, name.lower(), f"{name}ForCausalLM")
+    settings |= {"intermediate_size": config.d_ff, "sliding_window": config.windows[0]}
+    if config.has_experts:
+        experts = max(config.experts_of(i) for i in range(config.n_layers))
+        settings |= {"num_local_experts": experts, "num_experts_per_tok": config.k}
     return settings
