@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -191,13 +191,11 @@ def layer(
     """
     folder = Path(folder)
     family, config = _described(folder)
-    moe = [str(i) for i in range(config.n_layers) if config.is_moe(i)]
-    if str(number) not in moe:
-        raise ValueError(
-            f"number={number!r} is no block with experts; {folder} has {', '.join(moe)}"
-        )
+    numbers = [i for i in range(config.n_layers) if config.is_moe(i)]
+    if number not in numbers:
+        raise ValueError(f"number={number!r} is no block with experts; these are: {numbers}")
     with torch.device("meta"):
-        module = make_mlp(config, number)
+        module = cast(MoELayer, make_mlp(config, number))
     whole = family.layout(config)
     layout = _block(whole, number, "mlp.", "")
     read_into(module, layout, folder, whole=whole, device=device, dtype=dtype)
@@ -237,12 +235,12 @@ def _block(layout: Layout, number: int, part: str, ours: str) -> Layout:
 def _only(config: TransformerConfig, numbers: range) -> TransformerConfig:
     """A model of some blocks of another, each of the kind that it was."""
     experts = tuple(config.experts_of(number) for number in numbers)
-    windows = tuple(config.windows[number % len(config.windows)] for number in numbers)
-    changes: dict[str, Any] = {"n_layers": len(numbers), "windows": windows, "every": 1}
-    if any(experts):
-        return dataclasses.replace(config, n_experts=experts, **changes)
-    d_ff = config.d_ff if not config.has_experts else config.d_dense or config.k * config.d_ff
-    return dataclasses.replace(config, n_experts=0, d_ff=d_ff, **changes)
+    windows = tuple(config.window_of(number) for number in numbers)
+    part: dict[str, Any] = {"n_layers": len(numbers), "windows": windows, "every": 1}
+    part["n_experts"] = experts if any(experts) else 0
+    if not any(experts):
+        part["d_ff"] = config.dense_features
+    return dataclasses.replace(config, **part)
 
 
 def _written(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:

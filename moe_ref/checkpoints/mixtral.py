@@ -24,13 +24,13 @@ from .family import (
 def layout(config: TransformerConfig) -> Layout:
     """The place of each tensor of a file, by its name."""
     places, names = backbone(config), ("w1", "w3", "w2")
-    for theirs, ours in blocks(config):
-        if not config.has_experts:
-            places |= gated(f"{theirs}.mlp", f"{ours}.mlp", config.d_ff)
+    for layer, (theirs, ours) in enumerate(blocks(config)):
+        if not config.is_moe(layer):
+            places |= gated(f"{theirs}.mlp", f"{ours}.mlp", config.dense_features)
             continue
         moe, mlp = f"{theirs}.block_sparse_moe", f"{ours}.mlp"
         places[f"{moe}.gate.weight"] = Place(f"{mlp}.router.weight")
-        experts, count = (f"{moe}.experts", f"{mlp}.experts"), config.experts_of(0)
+        experts, count = (f"{moe}.experts", f"{mlp}.experts"), config.experts_of(layer)
         places |= gated(*experts, config.d_ff, experts=count, names=names)
     return places
 
