@@ -78,7 +78,7 @@ NORM = "model.norm.weight"
     "name",
     [
         "../elsewhere/model.safetensors",
-        "/tmp/model.safetensors",
+        "/etc/model.safetensors",
         "inside/model.safetensors",
         "..",
         ".",
