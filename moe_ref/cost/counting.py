@@ -37,7 +37,7 @@ class Part:
         cached: numbers kept for each token in one place, its keys and values.
         mixing: FLOPs for each token and each key that it sees, in one place.
         window: keys that a token sees at most; None: all before it, and its own.
-        width: features of the rows that travel where the part is split over machines.
+        width: features of its rows, which travel where it is split over machines.
 
     Raises:
         ValueError: if a count is below 0, or k is not from 1 to n_experts.
@@ -74,6 +74,11 @@ class Part:
     def products(self) -> int:
         """FLOPs of a token in one copy."""
         return 2 * self.weights if self.flops is None else self.flops
+
+    @property
+    def numbers(self) -> float:
+        """Numbers of a token that come out of the products of one copy, or go through it."""
+        return self.width + (self.products / (2 * self.width) if self.width else 0)
 
     @property
     def reads(self) -> int:

@@ -4,7 +4,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..attention import Attention, prepare
+from ..model import TransformerConfig
 from ..experts import Experts
 from ..ffn import FeedForward
 from ..kernels import cpu
@@ -20,35 +20,46 @@ from ..layer import MoELayer
 from ..routers import TopKRouter
 
 DTYPES = (torch.float32, torch.bfloat16)
-CACHES = (64, 32, 16, 8, 4, 2)  # MiB of weights that may stay in a cache
-TINY = 16  # features of parts so small that all their time is overhead
+CACHES = (1, 2, 4, 8, 16, 32, 64)  # MiB of weights that may stay in a cache
+BEYOND = 192  # MiB that no cache holds
+SEVERAL = 4  # rows from which on reading weights takes no longer; one row alone is faster
+WIDE, MANY = 256, 256  # features and tokens of parts in which every operator has work to do
 
 
 @torch.no_grad()
 def measure(device: str) -> dict[str, Any]:
     """The fields of a `Machine` that can be measured on one device."""
-    cuda = device.startswith("cuda")
-    speeds = {size: read_rate(size, device) for size in (256, *CACHES)}
-    best, memory = max(speeds.values()), speeds[256]
-    cached = [size for size in CACHES if speeds[size] ** 2 > best * memory]
-    if cuda:
+    if device.startswith("cuda"):
         name, size = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
     else:
         name = f"cpu, {torch.get_num_threads()} threads"
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    flops = {str(t).removeprefix("torch."): product_rate(t, device) for t in DTYPES}
+    peak = flops["float32"]
+    speeds = {n: read_rate(n, SEVERAL, peak, device) for n in (*CACHES, BEYOND)}
+    middle = (max(speeds.values()) * speeds[BEYOND]) ** 0.5
+    cached = [n for n in CACHES if speeds[n] > middle]
+    overhead = {name: taken for name, (taken, _) in part_times(16, 1, device).items()}
+    work = part_times(WIDE, MANY, device)
     return {
         "name": name,
-        "flops": {str(t).removeprefix("torch."): product_rate(t, device) for t in DTYPES},
-        "bandwidth": memory,
+        "flops": flops,
+        "bandwidth": speeds[BEYOND],
+        "row_bandwidth": read_rate(BEYOND, 1, peak, device),
         "memory": size,
         "cache": max(cached, default=0) * 2**20,
-        "cache_bandwidth": best,
-        "overhead": overheads(device),
+        "cache_bandwidth": statistics.median(speeds[n] for n in cached) if cached else 0.0,
+        "overhead": overhead,
+        "elementwise": {
+            name: max(taken - overhead[name] - products / peak, 0.0)
+            / (MANY * WIDE + products / (2 * WIDE))
+            for name, (taken, products) in work.items()
+        },
         "source": "measured",
     }
 
 
-def seconds(run: Callable[[], object], device: str, budget: float = 0.15) -> float:
+def seconds(run: Callable[[], object], device: str, budget: float = 0.1) -> float:
     """Median time of a call, of at least 5."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     run()
@@ -69,55 +80,51 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
     return 2 * n**3 / seconds(lambda: a @ b, device, 0.3)
 
 
-def read_rate(mebibytes: int, device: str) -> float:
-    """Bytes/s at which one row after the other is multiplied by weights of so many MiB."""
+def read_rate(mebibytes: int, rows: int, peak: float, device: str) -> float:
+    """Bytes/s of weights in products of few rows, multiplying itself left out."""
     d = 512  # a matrix of 1 MiB
     weights = torch.ones(mebibytes, d, d, device=device)
-    row = torch.ones(1, d, device=device)
+    x, tiny = torch.ones(rows, d, device=device), torch.ones(16, 16, device=device)
 
     def read() -> None:
         for weight in weights:
-            cpu.linear(row, weight, None)
+            cpu.linear(x, weight, None)
 
-    single = seconds(lambda: cpu.linear(row[:, :TINY], weights[0, :TINY, :TINY], None), device)
-    return weights.nbytes / max(seconds(read, device, 0.1) - mebibytes * single, 1e-9)
+    call = seconds(lambda: cpu.linear(tiny, tiny, None), device, 0.01)
+    each = seconds(read, device) / mebibytes - call - 2 * rows * d * d / peak
+    return weights[0].nbytes / max(each, 1e-9)
 
 
-def overheads(device: str) -> dict[str, float]:
-    """Seconds that each part of this library takes for one token if it is as small as can be."""
-    d, vocab = TINY, 64
-    config = SimpleNamespace(n_layers=1, kv_heads=2, head_features=d // 2, rope_theta=1e4)
-    tokens, x = torch.zeros(1, 1, dtype=torch.long, device=device), torch.randn(1, 1, d)
-    x = x.to(device)
-    cache = ContiguousCache(config, 1, 64, device=device)
-    table, head = torch.randn(vocab, d, device=device), nn.Linear(d, vocab, device=device)
-    norm, block = nn.RMSNorm(d).to(device), FeedForward(d, d).to(device)
+def part_times(d: int, tokens: int, device: str) -> dict[str, tuple[float, int]]:
+    """Seconds of each part of this library at these sizes, and the FLOPs of its products."""
+    config = TransformerConfig(64, d, 1, 2, 2 * d)
+    ids = torch.zeros(tokens, 1, dtype=torch.long, device=device)
+    x, table = torch.randn(tokens, 1, d, device=device), torch.randn(64, d, device=device)
+    cache = ContiguousCache(config, tokens, 64, device=device)
+    norm, head = nn.RMSNorm(d).to(device), nn.Linear(d, 64, device=device)
+    block = FeedForward(d, 2 * d).to(device)
     attention = Attention(d, 2, 2).to(device)
+    layers = [MoELayer(TopKRouter(d, 8, k), Experts(8, d, 2 * d)).to(device) for k in (1, 4)]
 
     def begin() -> Any:
-        cache.lengths = torch.full((1,), 32)
-        return int(tokens.min()), F.embedding(tokens, table), prepare(config, x, cache=cache)
+        cache.lengths = torch.full((tokens,), 32)
+        return int(ids.min()), F.embedding(ids, table), prepare(config, x, cache=cache)
+
+    def clock(run: Callable[[], object]) -> float:
+        return seconds(run, device)
 
     step = begin()[-1]
-    first, fourth = (
-        seconds(lambda layer=layer: layer(x), device)  # type: ignore[misc]
-        for layer in (moe_layer(1, device), moe_layer(4, device))
-    )
-    router = seconds(lambda: moe.router(x[0]), device) if (moe := moe_layer(1, device)) else 0.0
-    expert = (fourth - first) / 3
+    one, four = (clock(lambda layer=layer: layer(x)) for layer in layers)  # type: ignore[misc]
+    router, matrices = clock(lambda: layers[0].router(x[:, 0])), 6 * d * d * tokens
+    expert = (four - one) / 3
     return {
-        "embedding": seconds(begin, device),
-        "norm": seconds(lambda: x + norm(x), device),
-        "attention": seconds(lambda: attention(x, step), device),
-        "dense": seconds(lambda: block(x), device),
-        "shared": seconds(lambda: x + block(x), device),
-        "router": router,
-        "experts": first - router - expert,
-        "expert": expert,
-        "head": seconds(lambda: head(x), device),
+        "embedding": (clock(begin), 0),
+        "norm": (clock(lambda: x + norm(x)), 0),
+        "attention": (clock(lambda: attention(x, step)), 8 * d * d * tokens),
+        "dense": (clock(lambda: block(x)), 2 * matrices),
+        "shared": (clock(lambda: x + block(x)), 2 * matrices),
+        "router": (router, 16 * d * tokens),
+        "experts": (one - router - expert, 0),
+        "expert": (expert, 2 * matrices),
+        "head": (clock(lambda: head(x)), 128 * d * tokens),
     }
-
-
-def moe_layer(k: int, device: str) -> MoELayer:
-    """The smallest layer whose tokens visit k experts."""
-    return MoELayer(TopKRouter(TINY, 8, k), Experts(8, TINY, TINY)).to(device)

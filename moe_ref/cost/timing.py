@@ -124,7 +124,7 @@ def time(
     read = sum(load.read(part) for part in found)
     return Time(
         compute=sum(load.compute(part) for part in found),
-        memory=read / machine.read_rate(read),
+        memory=sum(load.read(part) / machine.read_rate(read, load.rows(part)) for part in found),
         exchange=sum(load.exchange(part) for part in found),
         overhead=sum(load.overhead(part) for part in found),
         tokens=batch * tokens,
@@ -158,6 +158,11 @@ class _Load:
             return 1 / split
         return touched(n, part.k, self.batch * self.tokens, self.popularity) / self.machines
 
+    def rows(self, part: Part) -> float:
+        """Rows of a product: tokens of this machine for each copy that it reads."""
+        tokens = self.batch * self.tokens / (1 if self.layout == "tensor" else self.machines)
+        return tokens * part.k / (self.touched(part) * self.machines if part.n_experts > 1 else 1)
+
     def uneven(self, part: Part) -> float:
         return self.imbalance if part.n_experts > 1 else 1.0
 
@@ -190,7 +195,14 @@ class _Load:
 
     def overhead(self, part: Part) -> float:
         known = self.machine.overhead
-        each = known.get("expert", 0.0) * self.touched(part) if part.n_experts > 1 else 0.0
+        tokens = self.batch * self.tokens / self.machines
+        numbers = self.machine.elementwise
+        if part.n_experts == 1:
+            each = numbers.get(part.name, 0.0) * part.numbers * tokens
+        else:
+            each = known.get("expert", 0.0) * self.touched(part)
+            each += numbers.get("experts", 0.0) * part.width * tokens
+            each += numbers.get("expert", 0.0) * part.numbers * tokens * part.k
         return part.places * (known.get(part.name, 0.0) + each)
 
 
