@@ -13,10 +13,11 @@ from importlib.metadata import version as _version
 
 from ._lazy import submodules as _submodules
 from .capacity import Capacity
+from .config import TransformerConfig
 from .experts import Experts
 from .ffn import FeedForward
 from .layer import MoELayer
-from .model import Transformer, TransformerConfig
+from .model import Transformer
 from .routers import (
     ExpertChoiceRouter,
     GShardRouter,

@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +33,34 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
-    with _replacing(path) as partial:
-        save_file(tensors, partial, metadata)
+    write_all({path: lambda partial: save_file(tensors, partial, metadata)})
 
 
 def write_text(text: str, path: Path) -> None:
     """Write a text file in UTF-8, whole or not at all."""
-    with _replacing(path) as partial:
-        partial.write_bytes(text.encode("utf-8"))
+    write_all({path: lambda partial: partial.write_bytes(text.encode("utf-8"))})
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; the file takes the place of `path` once it is whole."""
-    partial = path.with_name(path.name + ".partial")
+def write_all(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write files, all of them whole, or none.
+
+    Args:
+        writers: for each file, what writes it to the path that it is given.
+
+    Raises:
+        OSError: if one can't be written; those there before are left as they were.
+    """
+    partials = {path: path.with_name(path.name + ".partial") for path in writers}
+    path = Path()
     try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # the bytes before the name, even in a power cut
-        os.replace(partial, path)
+        for path, write in writers.items():
+            write(partials[path])
+            with partials[path].open("rb+") as file:
+                os.fsync(file.fileno())  # the bytes before the name, even in a power cut
+        for path, partial in partials.items():
+            os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {path}: {error}; what was there is as it was") from error
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)

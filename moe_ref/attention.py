@@ -1,10 +1,11 @@
-"""Rotary positions and grouped-query attention.
+"""Grouped-query attention over rotary positions.
 
 step = prepare(config, x, positions, mask, cache)   # once per forward: angles, who sees whom
 y = attention(x, step, layer)                       # in each block
 cache.commit()                                      # when every block has stored its keys
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,43 +14,75 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ._validate import check_sizes
 from .kv_cache import KVCache, all_equal, check_cache, next_positions
+from .rotary import check_heads, rotary_angles, rotate
 
 
 class Attention(nn.Module):
     """Causal attention; n_heads / n_kv_heads heads of queries share a head of keys and values.
 
     Args:
-        d_model: features of a token, of which a head has d_model / n_heads.
+        d_model: features of a token.
         n_heads: heads of queries.
         n_kv_heads: heads of keys and values.
+        d_head, qk_norm, qkv_bias, out_bias, sinks, norm_eps: as in `TransformerConfig`.
+        window: tokens that a query sees at most, itself among them; None: all before it.
+        scale: factor of the products of queries and keys; None: 1 / sqrt(d_head).
 
     Raises:
-        ValueError: unless 2 * n_heads divides d_model and n_kv_heads divides n_heads.
+        ValueError: if the heads can't be formed.
 
     Example:
+        >>> config = TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48)
         >>> x = torch.randn(2, 5, 32)
-        >>> step = prepare(TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48), x)
-        >>> Attention(d_model=32, n_heads=4, n_kv_heads=4)(x, step).shape
+        >>> Attention(d_model=32, n_heads=4, n_kv_heads=2)(x, prepare(config, x)).shape
         torch.Size([2, 5, 32])
 
     Source: Vaswani et al. 2017 (1706.03762), equation 1; grouped queries: Ainslie et al. 2023
-    (2305.13245).
+    (2305.13245); norms: Henry et al. 2020 (2010.04245); windows: Beltagy et al. 2020 (2004.05150);
+    sinks: OpenAI 2025 (2508.10925).
     """
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int) -> None:
+    sinks: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        *,
+        d_head: int | None = None,
+        qk_norm: str | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        sinks: bool = False,
+        window: int | None = None,
+        scale: float | None = None,
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__()
-        check_heads(d_model, n_heads, n_kv_heads)
-        self.n_heads, self.n_kv_heads, self.head_features = n_heads, n_kv_heads, d_model // n_heads
-        self.query = nn.Linear(d_model, d_model, bias=False)
-        self.key = nn.Linear(d_model, n_kv_heads * self.head_features, bias=False)
-        self.value = nn.Linear(d_model, n_kv_heads * self.head_features, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        check_heads(d_model, n_heads, n_kv_heads, d_head)
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+        self.head_features = d_model // n_heads if d_head is None else d_head
+        self.qk_norm, self.window, self.scale = qk_norm, window, scale
+        queries, keys = n_heads * self.head_features, n_kv_heads * self.head_features
+        self.query = nn.Linear(d_model, queries, bias=qkv_bias)
+        self.key = nn.Linear(d_model, keys, bias=qkv_bias)
+        self.value = nn.Linear(d_model, keys, bias=qkv_bias)
+        self.out = nn.Linear(queries, d_model, bias=out_bias)
+        if qk_norm is not None:
+            each = qk_norm == "heads"
+            self.query_norm = nn.RMSNorm(self.head_features if each else queries, norm_eps)
+            self.key_norm = nn.RMSNorm(self.head_features if each else keys, norm_eps)
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(n_heads)) if sinks else None)
 
     def extra_repr(self) -> str:
         d_model = self.query.in_features
-        return f"d_model={d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}"
+        said = f"d_model={d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}"
+        if self.head_features * self.n_heads != d_model:
+            said += f", d_head={self.head_features}"
+        said += "" if self.window is None else f", window={self.window}"
+        return said + ("" if self.sinks is None else ", sinks=True")
 
     def forward(
         self, x: Float[Tensor, "batch seq d_model"], step: "Step", layer: int = 0
@@ -61,15 +94,21 @@ class Attention(nn.Module):
             step: from `prepare`, the same for all blocks.
             layer: number of the block, from 0: where in the cache its keys and values are.
         """
-        q = rotate(self._split(self.query(x), self.n_heads), step.cos, step.sin)
-        k = rotate(self._split(self.key(x), self.n_kv_heads), step.cos, step.sin)
-        v = self._split(self.value(x), self.n_kv_heads)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.qk_norm == "all":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (self._split(y) for y in (q, k, v))
+        if self.qk_norm == "heads":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
         if step.cache is not None:
             k, v = step.cache.extend(layer, k, v)
-        return self.out(attend(q, k, v, step.visible).transpose(1, 2).flatten(2))
+        visible = step.visible if self.window is None else step.windowed[self.window]
+        y = attend(q, k, v, visible, scale=self.scale, sinks=self.sinks)
+        return self.out(y.transpose(1, 2).flatten(2))
 
-    def _split(self, x: Tensor, heads: int) -> Float[Tensor, "batch {heads} seq features"]:
-        return x.unflatten(-1, (heads, self.head_features)).transpose(1, 2)
+    def _split(self, x: Tensor) -> Float[Tensor, "batch heads seq features"]:
+        return x.unflatten(-1, (-1, self.head_features)).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +118,7 @@ class Step:
     cos: Float[Tensor, "rows 1 seq half"]  # of the rotary angles; one row if all would be equal
     sin: Float[Tensor, "rows 1 seq half"]
     visible: Bool[Tensor, "rows 1 seq total"] | None  # keys that a query sees; None: see `attend`
+    windowed: Mapping[int, Bool[Tensor, "rows 1 seq total"] | None]  # the same, for each window
     cache: KVCache | None
 
 
@@ -123,15 +163,21 @@ def prepare(
         at = positions if cache is None else at
     alike = real is None and (positions is None if cache is None else all_equal(lengths))
     at = at[:1] if alike else at  # one row will do for all
-    visible = None
-    if cache is not None:
-        if not alike or (seq > 1 and lengths.any()):  # the key of position p has index p
-            index = torch.arange(int(at.max()) + 1, device=x.device)
-            visible = (index <= at.to(x.device)[..., None])[:, None]
-    elif positions is not None or (real is not None and (real[:, 1:] > real[:, :-1]).any()):
-        visible = _see_each_other(at.to(x.device), real)  # in any order, or padding before a token
-    angles = rotary_angles(at.to(x.device), config.head_features, config.rope_theta)[:, None]
-    return Step(angles.cos().to(x.dtype), angles.sin().to(x.dtype), visible, cache)
+    at, longest = at.to(x.device), seq if cache is None else int(at.max()) + 1
+    keys = at if cache is None else torch.arange(longest, device=x.device)[None]
+    own = real if cache is None else None  # of a cache, only what is real was stored
+    masked = positions is not None or (real is not None and (real[:, 1:] > real[:, :-1]).any())
+    if cache is not None:  # the key of position p has index p
+        masked = not alike or (seq > 1 and bool(lengths.any()))
+    visible = _sees(at, keys, own) if masked else None
+    windowed = {}
+    for window in {w for w in config.windows if w is not None}:
+        all_within = longest <= window and (cache is not None or positions is None)
+        windowed[window] = visible if all_within else _sees(at, keys, own, window)
+    angles = rotary_angles(at, config.head_features, config.rope_theta, config.yarn)[:, None]
+    size = 1.0 if config.yarn is None else config.yarn.amplitude
+    cos, sin = ((size * turn).to(x.dtype) for turn in (angles.cos(), angles.sin()))
+    return Step(cos, sin, visible, windowed, cache)
 
 
 def attend(
@@ -139,53 +185,51 @@ def attend(
     k: Float[Tensor, "batch kv_heads total features"],
     v: Float[Tensor, "batch kv_heads total features"],
     visible: Bool[Tensor, "#batch 1 seq total"] | None = None,
+    *,
+    scale: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch heads seq features"]:
-    """softmax(q k^T / sqrt(features)) v, over the keys that each query sees.
+    """softmax(scale q k^T) v, over the keys that each query sees; `scale` is 1 / sqrt(features).
 
     Without `visible`, queries among as many keys see those up to their own, and a lone query sees
-    all. That needs no mask, and so gets torch's fastest kernels.
+    all. That needs no mask, and so gets torch's fastest kernels. A sink is the logit of one more
+    key, whose value is 0.
     """
     causal = visible is None and q.shape[2] == k.shape[2]
+    mask: Tensor | None = visible
+    if sinks is not None:
+        mask, causal = _with_sinks(q, k, visible, sinks), False
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
 
 
-def rotary_angles(
-    positions: Int[Tensor, "*rows seq"], features: int, theta: float
-) -> Float[Tensor, "*rows seq half"]:
-    """position * theta^(-2i / features), float32. Source: RoFormer, Su et al. 2021 (2104.09864)."""
-    exponents = torch.arange(0, features, 2, device=positions.device, dtype=torch.float32)
-    return positions.float()[..., None] * theta ** -(exponents / features)
+def _with_sinks(
+    q: Tensor, k: Tensor, visible: Tensor | None, sinks: Tensor
+) -> Float[Tensor, "#batch heads seq total_and_sink"]:
+    """What is added to the logits: 0 for a key that is seen, and the sink for one key more."""
+    seq, total = q.shape[2], k.shape[2]
+    if visible is None:
+        visible = torch.ones(1, 1, seq, total, dtype=torch.bool, device=q.device).tril(total - seq)
+    added = torch.zeros(visible.shape, dtype=q.dtype, device=q.device)
+    added = added.masked_fill(~visible, -torch.inf).expand(-1, len(sinks), -1, -1)
+    column = sinks.to(q.dtype)[None, :, None, None].expand(len(added), -1, seq, 1)
+    return torch.cat([added, column], dim=-1)
 
 
-def rotate(
-    x: Float[Tensor, "batch heads seq features"],
-    cos: Float[Tensor, "#batch 1 seq half"],
-    sin: Float[Tensor, "#batch 1 seq half"],
-) -> Float[Tensor, "batch heads seq features"]:
-    """Turn feature i and feature i + half, as a pair, by angle i of the position."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # autocast makes x narrower than the model
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def check_heads(d_model: int, n_heads: int, n_kv_heads: int) -> None:
-    """Raise a ValueError unless 2 * n_heads divides d_model and n_kv_heads divides n_heads."""
-    check_sizes(d_model=d_model, n_heads=n_heads)
-    if d_model % (2 * n_heads):
-        raise ValueError(
-            f"n_heads={n_heads} does not divide d_model={d_model} into heads of an even number of"
-            " features"
-        )
-    if n_kv_heads < 1 or n_heads % n_kv_heads:
-        raise ValueError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}")
-
-
-def _see_each_other(at: Tensor, real: Tensor | None) -> Tensor:
-    """The keys that tokens at these positions see if none were read before."""
-    visible = at[:, None, :] <= at[:, :, None]
+def _sees(
+    at: Int[Tensor, "rows seq"],
+    keys: Int[Tensor, "#rows total"],
+    real: Tensor | None,
+    window: int | None = None,
+) -> Bool[Tensor, "rows 1 seq total"]:
+    """Which keys, at their positions, each query sees; `real` is False at keys of padding."""
+    keys, queries = keys[:, None, :], at[..., None]
+    visible = keys <= queries
+    if window is not None:
+        visible = visible & (keys > queries - window)
     if real is not None:  # padding sees itself: a softmax over no key is NaN, which spreads
         itself = torch.eye(at.shape[1], dtype=torch.bool, device=at.device)
         visible = visible & real.to(at.device)[:, None, :] | itself

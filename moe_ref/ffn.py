@@ -9,10 +9,18 @@ from torch import Tensor, nn
 
 from ._validate import check_choice, check_sizes
 
-# name: (gated, the function applied). Gated blocks multiply act(gate) by a second projection, up.
-ACTIVATIONS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
-    "swiglu": (True, F.silu),
-    "geglu": (True, F.gelu),
+
+def clipped_swiglu(gate: Float[Tensor, "*rows d_ff"], up: Float[Tensor, "*rows d_ff"]) -> Tensor:
+    """gate * sigmoid(1.702 gate) * (up + 1), gate at most 7 and up within 7 of 0: gpt-oss's."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+# name: (gated, the function applied): of gate and up where there are both, else of up alone.
+ACTIVATIONS: dict[str, tuple[bool, Callable[..., Tensor]]] = {
+    "swiglu": (True, lambda gate, up: F.silu(gate) * up),
+    "geglu": (True, lambda gate, up: F.gelu(gate) * up),
+    "clipped_swiglu": (True, clipped_swiglu),
     "gelu": (False, F.gelu),
     "relu": (False, F.relu),
     "silu": (False, F.silu),
@@ -28,7 +36,8 @@ class FeedForward(nn.Module):
     Args:
         d_model: features of a token.
         d_ff: hidden features.
-        activation: "swiglu" or "geglu" (gated), "gelu" (exact, by erf), "relu" or "silu".
+        activation: "swiglu", "geglu" or "clipped_swiglu" (gated), "gelu" (exact, by erf), "relu"
+            or "silu".
         bias: whether each projection adds one.
 
     Raises:
@@ -39,7 +48,8 @@ class FeedForward(nn.Module):
         >>> block(torch.randn(2, 3, 4)).shape
         torch.Size([2, 3, 4])
 
-    Source: Vaswani et al. 2017, section 3.3; gated forms: Shazeer 2020 (2002.05202).
+    Source: Vaswani et al. 2017, section 3.3; gated forms: Shazeer 2020 (2002.05202); clipped:
+    OpenAI 2025 (2508.10925), section 2.2.
     """
 
     def __init__(
@@ -68,8 +78,7 @@ def activate(hidden: Float[Tensor, "... hidden"], activation: str) -> Float[Tens
     gated, function = ACTIVATIONS[activation]
     if not gated:
         return function(hidden)
-    gate, up = hidden.chunk(2, dim=-1)
-    return function(gate) * up
+    return function(*hidden.chunk(2, dim=-1))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ._validate import check_choice, check_sizes
 from .dispatch import Dispatch, sorted_rows
 from .experts import Experts
 from .routers import Router, check_router
@@ -15,7 +18,8 @@ from .routing import Routing
 class MoELayer(nn.Module):
     """Takes the place of a feed-forward block: every token visits only the experts it is sent to.
 
-    y = sum over a token's slots of weight * expert(x), plus shared(x) if there is one.
+    y = sum over a token's slots of weight * expert(x), plus shared(x) if there is one; with a `mix`
+    the two parts have factors of their own.
 
     | torch's transform | works for | fails for |
     |---|---|---|
@@ -31,6 +35,8 @@ class MoELayer(nn.Module):
         experts: the stacked blocks.
         capacity: a rule that edits the routing, such as a `Capacity`; None: no expert is ever full.
         shared: a block that every token visits, whatever the router decides; None: there is none.
+        mix: a learned factor for the routed part and one for the shared part, such as a `Mix`;
+            None: both are 1.
         dispatch: how tokens get to their experts: one of the functions of `moe_ref.dispatch`.
 
     Raises:
@@ -52,15 +58,19 @@ class MoELayer(nn.Module):
         *,
         capacity: Callable[[Routing], Routing] | None = None,
         shared: nn.Module | None = None,
+        mix: nn.Module | None = None,
         dispatch: Dispatch = sorted_rows,
     ) -> None:
         super().__init__()
         check_router(router)
         check_parts(router, experts, capacity, shared, dispatch)
+        if mix is not None and shared is None:
+            raise ValueError(f"mix={mix!r} needs a shared block to mix with the experts")
         self.router: Any = router
         self.experts = experts
         self.capacity = capacity
         self.shared = shared
+        self.mix = mix
         self.dispatch = dispatch
 
     def forward(
@@ -86,12 +96,22 @@ class MoELayer(nn.Module):
             routing = self.capacity(routing)
         y = self.dispatch(tokens, routing, self.experts)
         if self.shared is not None:
-            if flat_mask is None:
-                y = y + self.shared(tokens)
-            else:  # padding is 0 on the way in too: it may hold NaN
-                padding = ~flat_mask[:, None]
-                y = y + self.shared(tokens.masked_fill(padding, 0)).masked_fill(padding, 0)
+            y = self._join(y, tokens, flat_mask, self.shared)
         return y.reshape(x.shape), routing
+
+    def _join(
+        self, routed: Tensor, tokens: Tensor, mask: Tensor | None, block: nn.Module
+    ) -> Tensor:
+        """The routed part, and what a block makes of all tokens."""
+        if mask is not None:  # padding may hold NaN
+            tokens = tokens.masked_fill(~mask[:, None], 0)
+        shared = block(tokens)
+        if mask is not None:
+            shared = shared.masked_fill(~mask[:, None], 0)
+        if self.mix is None:
+            return routed + shared
+        routed_factor, shared_factor = self.mix(tokens)
+        return routed_factor * routed + shared_factor * shared
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.shape[-1] != self.experts.d_model:
@@ -105,6 +125,57 @@ class MoELayer(nn.Module):
         name = getattr(self.dispatch, "__name__", type(self.dispatch).__name__)
         rule = "" if self.capacity is None else f"capacity={self.capacity!r}, "
         return f"{rule}dispatch={name}"
+
+
+class Mix(nn.Module):
+    """How much of the routed part and of the shared part goes into a token's output.
+
+    | kind | factor of the routed part | factor of the shared part |
+    |---|---|---|
+    | sigmoid | 1 | sigmoid(w x) |
+    | softmax | first share of softmax(W x + b) | second share |
+
+    Args:
+        d_model: features of a token.
+        kind: a name in the table above.
+
+    Raises:
+        ValueError: if the kind is unknown or the size below 1.
+
+    Example:
+        >>> routed, shared = Mix(d_model=4, kind="softmax")(torch.randn(3, 4))
+        >>> torch.allclose(routed + shared, torch.ones(3, 1))
+        True
+
+    Source: sigmoid: Qwen2-MoE, Yang et al. 2024 (2407.10671); softmax: the residual MoE of
+    DeepSpeed-MoE, Rajbhandari et al. 2022 (2201.05596), section 4.1, as its code has it.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, d_model: int, kind: str) -> None:
+        super().__init__()
+        check_choice("kind", kind, ("sigmoid", "softmax"))
+        check_sizes(d_model=d_model)
+        self.kind = kind
+        outputs = 1 if kind == "sigmoid" else 2
+        bias = torch.zeros(outputs) if kind == "softmax" else None
+        self.weight = nn.Parameter(torch.empty(outputs, d_model))
+        nn.init.uniform_(self.weight, -(d_model**-0.5), d_model**-0.5)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    def forward(
+        self, x: Float[Tensor, "tokens d_model"]
+    ) -> tuple[Float[Tensor, "tokens 1"] | float, Float[Tensor, "tokens 1"]]:
+        """The two factors of each token."""
+        logits = F.linear(x, self.weight, self.bias)
+        if self.kind == "sigmoid":
+            return 1.0, logits.sigmoid()
+        routed, shared = logits.softmax(dim=-1).chunk(2, dim=-1)
+        return routed, shared
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.weight.shape[1]}, kind={self.kind}"
 
 
 class TensorOnly(nn.Module):

@@ -2,116 +2,30 @@
 
     tokens -> embedding -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * n_layers -> norm -> head
 
-The mathematics is Mixtral's (2401.04088): RMSNorm before each part, rotary positions,
-grouped-query attention, SwiGLU. `mlp` is a `FeedForward` or a `MoELayer`.
+RMSNorm before each part, rotary positions, grouped-query attention; with the usual options it is
+Mixtral's mathematics (2401.04088). `mlp` is a `FeedForward` or a `MoELayer`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ._validate import check_choice, check_sizes
-from .attention import Attention, Step, check_heads, prepare
+from .attention import Attention, Step, prepare
 from .capacity import Capacity
+from .config import TransformerConfig
 from .experts import Experts
 from .ffn import FeedForward
 from .kv_cache import KVCache
-from .layer import MoELayer
-from .routers import ROUTERS, make_router
+from .layer import Mix, MoELayer
+from .routers import make_router
 from .routing import Routing
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The shape of a `Transformer`; without `n_experts` every block is dense.
-
-    Args:
-        vocab_size: number of token ids.
-        d_model: features of a token.
-        n_layers: blocks.
-        n_heads: heads of queries, of d_model / n_heads features each.
-        d_ff: hidden features of a dense block, or of each expert.
-        n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads heads of queries;
-            None: n_heads.
-        n_experts: experts of an MoE block; 0: no block is MoE.
-        k: experts that serve a token.
-        every: 1: all blocks are MoE; 2: every second one, the second first; and so on.
-        d_dense: hidden features of the dense blocks among MoE blocks; None: k * d_ff, which costs
-            the same FLOPs.
-        d_shared: hidden features of a shared expert, which every token visits; 0: none.
-        router: a name in `routers.ROUTERS`, or a class of your own: see `routers.Router`.
-        router_options: further keyword arguments of its constructor.
-        capacity_factor: factor of `Capacity`; infinity: no limit.
-        capacity_options: further keyword arguments of `Capacity`.
-        tied: whether the head has the embedding's weight.
-        rope_theta: base of the rotary angles.
-        norm_eps: added to the mean square in RMSNorm.
-        backend: of the `Experts`.
-
-    Raises:
-        ValueError: if a size is impossible or a name unknown.
-
-    Example:
-        >>> config = TransformerConfig(100, 32, 4, n_heads=4, d_ff=48, n_experts=8, every=2)
-        >>> [config.is_moe(layer) for layer in range(4)]
-        [False, True, False, True]
-    """
-
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    n_heads: int
-    d_ff: int
-    n_kv_heads: int | None = None
-    n_experts: int = 0
-    k: int = 2
-    every: int = 1
-    d_dense: int | None = None
-    d_shared: int = 0
-    router: str | Callable[..., Any] = "top_k"
-    router_options: Mapping[str, Any] = field(default_factory=dict)
-    capacity_factor: float = math.inf
-    capacity_options: Mapping[str, Any] = field(default_factory=dict)
-    tied: bool = False
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_sizes(vocab_size=self.vocab_size, n_layers=self.n_layers, d_ff=self.d_ff)
-        check_sizes(every=self.every, k=self.k)
-        check_heads(self.d_model, self.n_heads, self.kv_heads)
-        if not callable(self.router):
-            check_choice("router", self.router, ROUTERS)
-        if self.n_experts < 0 or self.d_shared < 0:
-            raise ValueError(
-                f"n_experts={self.n_experts} and d_shared={self.d_shared} must be 0 or more"
-            )
-        if self.every > self.n_layers and self.n_experts:
-            raise ValueError(
-                f"every={self.every} is more than n_layers={self.n_layers}: no block would be MoE"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def head_features(self) -> int:
-        """Features of a head."""
-        return self.d_model // self.n_heads
-
-    def is_moe(self, layer: int) -> bool:
-        """Whether block number `layer`, counted from 0, has experts."""
-        return self.n_experts > 0 and (layer + 1) % self.every == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +74,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
 
     def extra_repr(self) -> str:
-        kind = f"n_experts={self.config.n_experts}" if self.config.n_experts else "dense"
+        kind = f"n_experts={self.config.n_experts}" if self.config.has_experts else "dense"
         return f"{kind}, tied={self.config.tied}"
 
     def forward(
@@ -191,21 +105,22 @@ class Transformer(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
                 raise ValueError(f"token {wrong} is not one of vocab_size={self.config.vocab_size}")
-        x = self.embedding(tokens)
+        x = scaled(self.embedding(tokens), self.config.embedding_scale)
         step = prepare(self.config, x, positions, mask, cache)
         routings = []
         for block in self.blocks:
             x, routing = block(x, step, tokens, mask)
             if routing is not None:
                 routings.append(routing)
-        output = Output(self.head(self.norm(x)), tuple(routings))
+        logits = scaled(self.head(self.norm(x)), self.config.logits_scale)
+        output = Output(logits, tuple(routings))
         if cache is not None:
             cache.commit()
         return output
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x)); what is added has a factor, usually 1.
 
     Args:
         config: of the model.
@@ -221,7 +136,16 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = Attention(config.d_model, config.n_heads, config.kv_heads)
+        shared = ("d_head", "qk_norm", "qkv_bias", "out_bias", "sinks", "norm_eps")
+        self.attention = Attention(
+            config.d_model,
+            config.n_heads,
+            config.kv_heads,
+            window=config.window_of(layer),
+            scale=config.attention_scale,
+            **{name: getattr(config, name) for name in shared},
+        )
+        self.residual_scale = config.residual_scale
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = make_mlp(config, layer)
 
@@ -233,30 +157,45 @@ class Block(nn.Module):
         mask: Bool[Tensor, "batch seq"] | None,
     ) -> tuple[Float[Tensor, "batch seq d_model"], Routing | None]:
         """The new hidden states, and the routing if the block is MoE."""
-        x = x + self.attention(self.attention_norm(x), step, self.layer)
-        hidden = self.mlp_norm(x)
+        y = self.attention(self.attention_norm(x), step, self.layer)
+        x = x + scaled(y, self.residual_scale)
+        hidden, routing = self.mlp_norm(x), None
         if isinstance(self.mlp, FeedForward):
-            return x + self.mlp(hidden), None
-        y, routing = self.mlp(hidden, mask=mask, token_ids=tokens)
-        return x + y, routing
+            y = self.mlp(hidden)
+        else:
+            y, routing = self.mlp(hidden, mask=mask, token_ids=tokens)
+        return x + scaled(y, self.residual_scale), routing
 
 
 def make_mlp(config: TransformerConfig, layer: int) -> FeedForward | MoELayer:
     """The feed-forward part of block number `layer`, counted from 0."""
-    if not config.n_experts:
-        return FeedForward(config.d_model, config.d_ff)
-    if not config.is_moe(layer):
-        return FeedForward(config.d_model, config.d_dense or config.k * config.d_ff)
-    sizes = {name: getattr(config, name) for name in ("d_model", "n_experts", "k", "vocab_size")}
+    block = partial(FeedForward, config.d_model, activation=config.activation, bias=config.bias)
+    n_experts = config.experts_of(layer)
+    if not n_experts:
+        return block(config.dense_features)
+    sizes = {name: getattr(config, name) for name in ("d_model", "k", "vocab_size")}
     capacity = None
     if not math.isinf(config.capacity_factor):
         capacity = Capacity(config.capacity_factor, **config.capacity_options)
     return MoELayer(
-        make_router(config.router, config.router_options, **sizes),
-        Experts(config.n_experts, config.d_model, config.d_ff, backend=config.backend),
+        make_router(config.router, config.router_options, n_experts=n_experts, **sizes),
+        Experts(
+            n_experts,
+            config.d_model,
+            config.d_ff,
+            activation=config.activation,
+            bias=config.bias,
+            backend=config.backend,
+        ),
         capacity=capacity,
-        shared=FeedForward(config.d_model, config.d_shared) if config.d_shared else None,
+        shared=block(config.d_shared) if config.d_shared else None,
+        mix=Mix(config.d_model, config.shared_mix) if config.shared_mix else None,
     )
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a factor that is nearly always 1."""
+    return x if factor == 1 else x * factor
 
 
 def upcycle(dense: Transformer, n_experts: int, *, k: int = 2, every: int = 1) -> Transformer:
@@ -284,7 +223,7 @@ def upcycle(dense: Transformer, n_experts: int, *, k: int = 2, every: int = 1) -
 
     Source: Komatsuzaki et al. 2022 (2212.05055).
     """
-    if dense.config.n_experts:
+    if dense.config.has_experts:
         raise ValueError(f"the model has n_experts={dense.config.n_experts} already")
     config = dataclasses.replace(
         dense.config, n_experts=n_experts, k=k, every=every, d_dense=dense.config.d_ff
@@ -292,7 +231,8 @@ def upcycle(dense: Transformer, n_experts: int, *, k: int = 2, every: int = 1) -
     model = Transformer(config)
     copied = model.state_dict()
     for name, tensor in dense.state_dict().items():
-        stacked = name.replace("mlp.", "mlp.experts.").removesuffix(".weight")
+        stacked = name.replace("mlp.", "mlp.experts.").replace(".bias", "_bias")
+        stacked = stacked.removesuffix(".weight")
         if name in copied:
             copied[name].copy_(tensor)
         else:

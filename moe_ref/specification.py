@@ -44,9 +44,12 @@ def feed_forward(
     `up` is [d_ff, d_model]; of a gated block [2 * d_ff, d_model], the rows of the gate first.
     """
     hidden = up @ x + up_bias
+    gate, value = hidden[: len(up) // 2], hidden[len(up) // 2 :]
     if activation in ("swiglu", "geglu"):
-        gate, value = hidden[: len(up) // 2], hidden[len(up) // 2 :]
         hidden = (silu(gate) if activation == "swiglu" else gelu(gate)) * value
+    elif activation == "clipped_swiglu":  # gpt-oss, 2508.10925
+        gate, value = torch.clip(gate, max=7), torch.clip(value, -7, 7)
+        hidden = gate * sigmoid(1.702 * gate) * (value + 1)
     else:
         hidden = {"relu": relu, "gelu": gelu, "silu": silu}[activation](hidden)
     return down @ hidden + down_bias
@@ -96,13 +99,17 @@ def by_token(
     choose: Callable[[int, Tensor, Tensor], list[Slot]],
     score: Callable[[Tensor], Tensor] = softmax,
     mask: Sequence[bool] | None = None,
+    offset: Tensor | float = 0.0,
 ) -> Decision:
-    """`choose(token, scores, logits)` gives the slots of a real token. In float32 at least."""
+    """`choose(token, scores, logits)` gives the slots of a real token. In float32 at least.
+
+    `offset` is added to the logits.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     mask = [True] * len(x) if mask is None else [bool(real) for real in mask]
     decision = Decision(len(weight), [], [], [], mask)
     for t, real in enumerate(mask):
-        logits = weight.to(dtype) @ x[t].to(dtype)
+        logits = weight.to(dtype) @ x[t].to(dtype) + offset
         scores = score(logits)
         decision.slots.append(choose(t, scores, logits) if real else [])
         decision.logits.append(logits)
@@ -121,12 +128,13 @@ def top_k(
     n_groups: int = 1,
     groups_kept: int = 1,
     bias: Tensor | None = None,
+    logit_bias: Tensor | float = 0.0,
     mask: Sequence[bool] | None = None,
 ) -> Decision:
     """Shazeer 2017; with bias, groups, sigmoid and scale DeepSeek-V3 (2412.19437), section 2.1.2.
 
     A token may use the groups whose two best biased scores have the largest sum. The weights are
-    the scores without bias.
+    the scores without bias. The bias of the logits (gpt-oss) is in the scores.
     """
     size = len(weight) // n_groups
 
@@ -141,7 +149,7 @@ def top_k(
         total = sum(scores[e] for e in chosen) if renormalize else 1.0
         return [(e, scores[e] / total * scale) for e in chosen]
 
-    return by_token(x, weight, choose, softmax if score == "softmax" else sigmoid, mask)
+    return by_token(x, weight, choose, softmax if score == "softmax" else sigmoid, mask, logit_bias)
 
 
 def noisy_top_k(
@@ -260,11 +268,12 @@ def moe(
     activation: str = "swiglu",
     biases: tuple[Tensor, Tensor] | None = None,
     shared: tuple[Tensor, Tensor] | None = None,
+    mix: Callable[[Tensor], Sequence[Tensor | float]] = lambda x: (1.0, 1.0),
 ) -> Tensor:
     """Tokens [tokens, d_model] through a whole layer, one by one (Shazeer 2017, equation 1).
 
     `up`, `down` and `biases` hold those of every expert; `shared` is the (up, down) of a block that
-    every real token visits.
+    every real token visits, and `mix(x)` the factors of the routed and of the shared part.
     """
     outputs = []
     for t, slots in enumerate(decision.slots):
@@ -274,9 +283,22 @@ def moe(
                 bias = (0.0, 0.0) if biases is None else (biases[0][e], biases[1][e])
                 y = y + weight * feed_forward(x[t], up[e], down[e], activation, *bias)
         if shared is not None and decision.mask[t]:
-            y = y + feed_forward(x[t], *shared, activation)
+            routed_factor, shared_factor = mix(x[t])
+            y = routed_factor * y + shared_factor * feed_forward(x[t], *shared, activation)
         outputs.append(y)
     return torch.stack(outputs).to(x.dtype) if outputs else x * 0
+
+
+def sigmoid_mix(x: Tensor, weight: Tensor) -> tuple[float, Tensor]:
+    """The shared part times a gate of its own, Qwen2-MoE (2407.10671); weight [1, d_model]."""
+    return 1.0, sigmoid(weight[0] @ x)
+
+
+def softmax_mix(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Two shares that sum to 1, as in DeepSpeed-MoE (2201.05596), section 4.1.1; weight
+    [2, d_model]."""
+    routed, shared = softmax(weight @ x + bias)
+    return routed, shared
 
 
 def add_up(values: Iterable[Tensor]) -> Tensor:

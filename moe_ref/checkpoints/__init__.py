@@ -5,6 +5,7 @@ such a folder, even if the weights are in several files. A module of this packag
 of `family.Family` is a family of formats; a line in `FAMILIES` makes it known.
 """
 
+import dataclasses
 import inspect
 import json
 import math
@@ -13,14 +14,47 @@ from typing import Any
 
 import torch
 
-from .._files import read_object, read_tensors, write_tensors, write_text
-from ..model import Transformer, TransformerConfig
+from .._files import read_object
+from .._validate import check_sizes
+from ..layer import MoELayer
+from ..config import TransformerConfig
+from ..model import Transformer, make_mlp
 from ..routers import TopKRouter
 from . import mixtral
-from .family import Family, read
+from .family import Family, Layout, read
+from .folder import weight_files as weight_files
+from .reading import read_into
+from .writing import write_model
 
 # By the model_type of config.json. `save` takes the first family that can hold the model.
 FAMILIES: dict[str, Family] = {"mixtral": mixtral, "mistral": mixtral}
+
+# What `Transformer` lacks, by the model_type of other formats.
+MLA, LINEAR = "multi-head latent attention", "linear attention"
+PARTIAL = "rotary positions for a part of each head"
+LACKING = {
+    "arctic": "a dense block with a norm of its own beside the experts",
+    "dbrx": "LayerNorm, and queries, keys and values that are clipped",
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA,
+    "deepseek_v32": MLA,
+    "glm4_moe": PARTIAL,
+    "glm4_moe_lite": MLA,
+    "granitemoehybrid": "Mamba layers",
+    "jamba": "Mamba layers",
+    "kimi_k2": MLA,
+    "llama4": "attention in chunks, and blocks without rotary positions",
+    "llama4_text": "attention in chunks, and blocks without rotary positions",
+    "longcat_flash": MLA,
+    "minimax": LINEAR,
+    "minimax_m2": PARTIAL,
+    "minimax_text_01": LINEAR,
+    "nllb-moe": "an encoder",
+    "phimoe": "LayerNorm, and SparseMixer routing",
+    "qwen3_5_moe": LINEAR,
+    "qwen3_next": LINEAR,
+    "switch_transformers": "an encoder",
+}
 
 TOKENIZER = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -35,8 +69,11 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
+    shard_size: int | None = None,
 ) -> None:
     """Write config.json and model.safetensors, and tokenizer.json if one is given.
+
+    Weights that the folder had before are replaced, whether they were in one file or in several.
 
     Args:
         model: all of its blocks MoE, as in Mixtral, or none, as in Mistral.
@@ -44,6 +81,9 @@ def save(
         dtype: of the file; None: that of the model.
         tokenizer: a tokenizer.json to put beside the weights, for transformers' AutoTokenizer;
             None: no tokenizer.
+        shard_size: bytes of weights in a file at most, but for a single tensor that is larger.
+            What needs more is written as several files and model.safetensors.index.json. None: all
+            is in one file.
 
     Raises:
         ValueError: if the model has something that no format here can hold.
@@ -57,20 +97,17 @@ def save(
         ...     torch.equal(load(folder).head.weight, model.head.weight)
         True
     """
+    if shard_size is not None:
+        check_sizes(shard_size=shard_size)
     family, settings = _written(model.config)
+    settings["dtype"] = str(dtype or model.embedding.weight.dtype).removeprefix("torch.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = dict(model.named_parameters())
-    tensors = {
-        name: parameters[ours].detach()[index].to(dtype or parameters[ours].dtype).cpu().clone()
-        for name, (ours, index) in family.layout(model.config).items()
-    }
-    settings["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
-    write_text(json.dumps(settings, indent=2) + "\n", folder / "config.json")
+    texts = {"config.json": json.dumps(settings, indent=2) + "\n"}
     if tokenizer is not None:
-        write_text(Path(tokenizer).read_text(encoding="utf-8"), folder / "tokenizer.json")
-        write_text(json.dumps(TOKENIZER, indent=2) + "\n", folder / "tokenizer_config.json")
+        texts["tokenizer.json"] = Path(tokenizer).read_text(encoding="utf-8")
+        texts["tokenizer_config.json"] = json.dumps(TOKENIZER, indent=2) + "\n"
+    write_model(model.state_dict(), family.layout(model.config), folder, dtype, shard_size, texts)
 
 
 def load(
@@ -78,13 +115,20 @@ def load(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    layers: slice | None = None,
 ) -> Transformer:
     """The model of a folder, ready for evaluation. Nothing is downloaded; `save` has an example.
+
+    The tensors are read straight to where they belong, so that memory holds the model once. If
+    that takes more than a few seconds, tqdm shows a bar, where it is installed.
 
     Args:
         folder: with config.json and model.safetensors, or with several files and their index.
         device: of the model.
-        dtype: of the model, whatever the file holds; None: torch's default, usually float32.
+        dtype: of the model, whatever the file holds; None: the file's. If a file has several, each
+            router keeps its own, and all else gets that of most numbers.
+        layers: the blocks to read, for a model that does not fit: `slice(3, 5)` gives a model of
+            blocks 3 and 4, with the embedding and the head. None: all.
 
     Raises:
         FileNotFoundError: if the folder, config.json or the weights are missing.
@@ -92,55 +136,104 @@ def load(
             damaged, or a tensor is missing, unknown or of the wrong shape; each is named.
     """
     folder = Path(folder)
+    family, config = _described(folder)
+    whole = layout = family.layout(config)
+    if layers is not None:
+        numbers = range(config.n_layers)[layers]
+        if not numbers:
+            raise ValueError(f"layers={layers} is none of the {config.n_layers} blocks")
+        layout = {n: place for n, place in whole.items() if not place.ours.startswith("blocks.")}
+        for i, number in enumerate(numbers):
+            layout |= _block(whole, number, "", f"blocks.{i}.")
+        config = _only(config, numbers)
+    with torch.device("meta"):
+        model = Transformer(config)
+    part = None if layers is None else whole
+    read_into(model, layout, folder, whole=part, device=device, dtype=dtype)
+    return model.eval()
+
+
+def layer(
+    folder: str | Path,
+    number: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> MoELayer:
+    """The MoE layer of one block. Of a published model, the file that holds this block will do.
+
+    Args:
+        folder: with config.json and the safetensors files that hold the block; their index may be
+            missing.
+        number: of the block, from 0.
+        device, dtype: as in `load`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load` does; and if the block has no experts.
+
+    Example:
+        >>> import tempfile
+        >>> model = Transformer(TransformerConfig(50, 16, 2, 4, 12, n_experts=4, k=2)).eval()
+        >>> x = torch.randn(3, 16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, folder)
+        ...     torch.equal(layer(folder, 1)(x)[0], model.blocks[1].mlp(x)[0])
+        True
+    """
+    folder = Path(folder)
+    family, config = _described(folder)
+    moe = [str(i) for i in range(config.n_layers) if config.is_moe(i)]
+    if str(number) not in moe:
+        raise ValueError(
+            f"number={number!r} is no block with experts; {folder} has {', '.join(moe)}"
+        )
+    with torch.device("meta"):
+        module = make_mlp(config, number)
+    whole = family.layout(config)
+    layout = _block(whole, number, "mlp.", "")
+    read_into(module, layout, folder, whole=whole, device=device, dtype=dtype)
+    return module.eval()
+
+
+def _described(folder: Path) -> tuple[Family, TransformerConfig]:
+    """The family and the model of a folder's config.json."""
     if not folder.is_dir():
         raise FileNotFoundError(_nowhere(folder))
     path = _existing(folder / "config.json")
     settings = read_object(path)
     try:
         kind = read(settings, "model_type", str)
+        if kind in LACKING and kind not in FAMILIES:
+            raise ValueError(
+                f"model_type={kind!r} needs {LACKING[kind]}, which `Transformer` lacks; supported"
+                f" are {', '.join(FAMILIES)}"
+            )
         if kind not in FAMILIES:
             raise ValueError(f"model_type={kind!r} is none of {', '.join(FAMILIES)}")
-        config = FAMILIES[kind].read_config(settings)
+        return FAMILIES[kind], FAMILIES[kind].read_config(settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    with torch.device(device):
-        model = Transformer(config).to(dtype or torch.get_default_dtype())
-    _fill(model, FAMILIES[kind].layout(config), folder)
-    return model.eval()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [_existing(folder / "model.safetensors")]
-    files = read_object(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise ValueError(f"{index}: weight_map must be an object of tensors and their files")
-    return [_existing(folder / name) for name in sorted(set(files.values()))]
+def _block(layout: Layout, number: int, part: str, ours: str) -> Layout:
+    """The places in a part of a block, with names that begin with `ours` instead."""
+    prefix = f"blocks.{number}.{part}"
+    return {
+        name: dataclasses.replace(place, ours=ours + place.ours.removeprefix(prefix))
+        for name, place in layout.items()
+        if place.ours.startswith(prefix)
+    }
 
 
-def _fill(model: Transformer, layout: dict[str, tuple[str, Any]], folder: Path) -> None:
-    """Copy the tensors of the files into the model; ValueError names all that do not fit."""
-    parameters, missing, wrong = dict(model.named_parameters()), set(layout), []
-    for path in weight_files(folder):
-        for name, tensor in read_tensors(path).items():
-            if name not in layout:
-                if not (model.config.tied and name == "lm_head.weight"):
-                    wrong.append(f"{name} is not a tensor of this model")
-                continue
-            missing.discard(name)
-            ours, index = layout[name]
-            place = parameters[ours].detach()[index]
-            if place.shape != tensor.shape:
-                wrong.append(f"{name} is {list(tensor.shape)}, not {list(place.shape)}")
-            elif not tensor.is_floating_point():
-                wrong.append(f"{name} is {tensor.dtype}, not of floating-point numbers")
-            else:
-                place.copy_(tensor)
-    wrong += [f"{name} is missing" for name in sorted(missing)]
-    if wrong:
-        raise ValueError(f"{folder}: " + "; ".join(wrong))
+def _only(config: TransformerConfig, numbers: range) -> TransformerConfig:
+    """A model of some blocks of another, each of the kind that it was."""
+    experts = tuple(config.experts_of(number) for number in numbers)
+    windows = tuple(config.windows[number % len(config.windows)] for number in numbers)
+    changes: dict[str, Any] = {"n_layers": len(numbers), "windows": windows, "every": 1}
+    if any(experts):
+        return dataclasses.replace(config, n_experts=experts, **changes)
+    d_ff = config.d_ff if not config.has_experts else config.d_dense or config.k * config.d_ff
+    return dataclasses.replace(config, n_experts=0, d_ff=d_ff, **changes)
 
 
 def _written(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:

@@ -71,14 +71,17 @@ class LearnedRouter(nn.Module):
 
 
 def router_logits(
-    x: Float[Tensor, "tokens d_model"], weight: Float[Tensor, "n_experts d_model"]
+    x: Float[Tensor, "tokens d_model"],
+    weight: Float[Tensor, "n_experts d_model"],
+    bias: Float[Tensor, " n_experts"] | None = None,
 ) -> Float[Tensor, "tokens n_experts"]:
-    """x W^T in float32, or in float64 for a float64 model; under autocast too.
+    """x W^T + bias in float32, or in float64 for a float64 model; under autocast too.
 
     bfloat16 keeps 8 bits: close logits would tie, and a token would flip to another expert.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if autocast_dtype(x) is None:
-        return F.linear(x.to(dtype), weight.to(dtype))
+        return F.linear(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), weight.to(dtype))
+        return F.linear(x, weight, bias)

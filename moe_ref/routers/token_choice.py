@@ -30,6 +30,8 @@ class TopKRouter(LearnedRouter):
         groups_kept: groups a token may use: those whose two best scores have the largest sum.
         selection_bias: whether to add a buffer `bias` [n_experts], float32 and without gradient, to
             the scores for the choice, but not for the weights; see `balance.update_bias`.
+        logit_bias: whether to add a parameter `logit_bias` [n_experts], which starts at 0, to the
+            logits, and so to choice and weights.
 
     Raises:
         ValueError: if a size is impossible or the score unknown.
@@ -42,10 +44,12 @@ class TopKRouter(LearnedRouter):
         tensor([1., 1., 1.], grad_fn=<SumBackward1>)
 
     Source: Shazeer et al. 2017 (1701.06538); Mixtral 2401.04088, renormalised; OLMoE 2409.02060,
-    not; DeepSeek-V3 2412.19437, section 2.1.2: sigmoid, bias, groups and scale.
+    not; DeepSeek-V3 2412.19437, section 2.1.2: sigmoid, bias, groups and scale; gpt-oss 2508.10925:
+    bias of the logits.
     """
 
     bias: Tensor | None
+    logit_bias: Tensor | None
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class TopKRouter(LearnedRouter):
         n_groups: int = 1,
         groups_kept: int = 1,
         selection_bias: bool = False,
+        logit_bias: bool = False,
     ) -> None:
         super().__init__(d_model, n_experts)
         self.k = check_k(k, n_experts)
@@ -70,6 +75,8 @@ class TopKRouter(LearnedRouter):
         self.n_groups = n_groups
         self.groups_kept = groups_kept
         self.register_buffer("bias", torch.zeros(n_experts) if selection_bias else None)
+        offset = nn.Parameter(torch.zeros(n_experts)) if logit_bias else None
+        self.register_parameter("logit_bias", offset)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "TopKRouter":
         """Move the bias with the router, but keep it float32: steps of 1e-3 would round away."""
@@ -80,7 +87,7 @@ class TopKRouter(LearnedRouter):
         return self
 
     def choose(self, x: Tensor, mask: Tensor | None) -> Routing:
-        logits = router_logits(x, self.weight)
+        logits = router_logits(x, self.weight, self.logit_bias)
         scores = logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
         ranked = scores.detach()
         if self.bias is not None:
@@ -100,7 +107,9 @@ class TopKRouter(LearnedRouter):
         for name, value in usual.items():
             if getattr(self, name) != value:
                 said += f", {name}={getattr(self, name)}"
-        return said + (", selection_bias=True" if self.bias is not None else "")
+        for name, tensor in (("selection_bias", self.bias), ("logit_bias", self.logit_bias)):
+            said += "" if tensor is None else f", {name}=True"
+        return said
 
 
 class NoisyTopKRouter(LearnedRouter):

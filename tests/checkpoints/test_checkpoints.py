@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_ref import Transformer, TransformerConfig, checkpoints
+from moe_ref.checkpoints.family import Place
 from moe_ref.model import upcycle
 
 MOE = TransformerConfig(50, 16, 2, 4, 12, n_kv_heads=2, n_experts=4, k=2)
@@ -48,8 +49,10 @@ def test_dtypes_of_file_and_model_are_those_asked_for(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     stored = load_file(tmp_path / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    assert checkpoints.load(tmp_path).head.weight.dtype == torch.float32
-    half = checkpoints.load(tmp_path, dtype=torch.bfloat16)
+    full = checkpoints.load(tmp_path, dtype=torch.float32)
+    assert torch.equal(full.head.weight, model.head.weight.bfloat16().float())
+    half = checkpoints.load(tmp_path)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert torch.equal(half.head.weight, model.head.weight.bfloat16())
 
 
@@ -60,8 +63,8 @@ def test_every_part_of_every_parameter_is_written_once():
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter.zero_()
-            for ours, index in checkpoints.mixtral.layout(config).values():
-                parameters[ours][index] += 1
+            for place in checkpoints.mixtral.layout(config).values():
+                place.of(parameters).add_(1)
         assert all((parameter == 1).all() for parameter in parameters.values())
 
 
@@ -103,7 +106,7 @@ def test_integers_are_not_taken_for_weights(tmp_path):
     checkpoints.save(build(), tmp_path)
     name = "model.norm.weight"
     change(tmp_path, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
-    with pytest.raises(ValueError, match=r"model.norm.weight is torch.int8, not of floating"):
+    with pytest.raises(ValueError, match=r"model.norm.weight is I8, not of floating"):
         checkpoints.load(tmp_path)
 
 
@@ -155,7 +158,7 @@ class Other:
         for i in range(config.n_layers):
             for part in ("gate_up", "down"):
                 name = f"blocks.{i}.mlp.shared.{part}.weight"
-                names[name] = name, ()
+                names[name] = Place(name)
         return names
 
     @staticmethod

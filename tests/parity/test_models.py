@@ -63,7 +63,8 @@ def fused_names(config):
     """The parameter of transformers' model in memory, where experts are stacked, and ours."""
     stacked = {".0.w1.weight": ".gate_up_proj", ".0.w2.weight": ".down_proj"}
     names = {}
-    for theirs, (ours, index) in checkpoints.mixtral.layout(config).items():
+    for theirs, place in checkpoints.mixtral.layout(config).items():
+        ours, index = place.ours, place.index
         theirs = theirs.replace("block_sparse_moe", "mlp")
         for first, all_of_them in stacked.items():
             if theirs.endswith(f"experts{first}"):
