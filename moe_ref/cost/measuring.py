@@ -3,7 +3,8 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..attention import Attention, prepare
-from ..model import TransformerConfig
+from ..config import TransformerConfig
 from ..experts import Experts
 from ..ffn import FeedForward
 from ..kernels import cpu
@@ -20,9 +21,10 @@ from ..layer import MoELayer
 from ..routers import TopKRouter
 
 DTYPES = (torch.float32, torch.bfloat16)
-CACHES = (1, 2, 4, 8, 16, 32, 64)  # MiB of weights that may stay in a cache
+CACHES = (4, 8, 16, 32, 64)  # MiB of weights that may stay in a cache
 BEYOND = 192  # MiB that no cache holds
 SEVERAL = 4  # rows from which on reading weights takes no longer; one row alone is faster
+BUSY = 8  # experts of the layers that are timed
 WIDE, MANY = 256, 256  # features and tokens of parts in which every operator has work to do
 
 
@@ -39,8 +41,7 @@ def measure(device: str) -> dict[str, Any]:
     speeds = {n: read_rate(n, SEVERAL, peak, device) for n in (*CACHES, BEYOND)}
     middle = (max(speeds.values()) * speeds[BEYOND]) ** 0.5
     cached = [n for n in CACHES if speeds[n] > middle]
-    overhead = {name: taken for name, (taken, _) in part_times(16, 1, device).items()}
-    work = part_times(WIDE, MANY, device)
+    overhead, _ = part_times(16, 1, device)
     return {
         "name": name,
         "flops": flops,
@@ -50,11 +51,7 @@ def measure(device: str) -> dict[str, Any]:
         "cache": max(cached, default=0) * 2**20,
         "cache_bandwidth": statistics.median(speeds[n] for n in cached) if cached else 0.0,
         "overhead": overhead,
-        "elementwise": {
-            name: max(taken - overhead[name] - products / peak, 0.0)
-            / (MANY * WIDE + products / (2 * WIDE))
-            for name, (taken, products) in work.items()
-        },
+        "elementwise": elementwise(overhead, peak, device),
         "source": "measured",
     }
 
@@ -82,29 +79,37 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
 
 def read_rate(mebibytes: int, rows: int, peak: float, device: str) -> float:
     """Bytes/s of weights in products of few rows, multiplying itself left out."""
-    d = 512  # a matrix of 1 MiB
-    weights = torch.ones(mebibytes, d, d, device=device)
-    x, tiny = torch.ones(rows, d, device=device), torch.ones(16, 16, device=device)
+    d = 1024  # a matrix of 4 MiB
+    weights, x = torch.ones(mebibytes // 4, d, d, device=device), torch.ones(rows, d, device=device)
 
     def read() -> None:
         for weight in weights:
             cpu.linear(x, weight, None)
 
-    call = seconds(lambda: cpu.linear(tiny, tiny, None), device, 0.01)
-    each = seconds(read, device) / mebibytes - call - 2 * rows * d * d / peak
-    return weights[0].nbytes / max(each, 1e-9)
+    each = seconds(read, device) / len(weights) - 2 * rows * d * d / peak
+    return weights[0].nbytes / max(each, 1e-6)
 
 
-def part_times(d: int, tokens: int, device: str) -> dict[str, tuple[float, int]]:
+def elementwise(overhead: Mapping[str, float], peak: float, device: str) -> dict[str, float]:
+    """Seconds for each number of a part, beside its products and what any part takes."""
+    taken, products = part_times(WIDE, MANY, device)
+    beside = {name: taken[name] - overhead[name] - products[name] / peak for name in taken}
+    beside["experts"] -= BUSY * overhead["expert"]
+    beside["expert"] += overhead["expert"]  # the difference of two layers had as many experts
+    numbers = {name: MANY * WIDE + products[name] / (2 * WIDE) for name in taken}
+    return {name: max(beside[name], 0.0) / numbers[name] for name in taken}
+
+
+def part_times(d: int, tokens: int, device: str) -> tuple[dict[str, float], dict[str, int]]:
     """Seconds of each part of this library at these sizes, and the FLOPs of its products."""
     config = TransformerConfig(64, d, 1, 2, 2 * d)
     ids = torch.zeros(tokens, 1, dtype=torch.long, device=device)
     x, table = torch.randn(tokens, 1, d, device=device), torch.randn(64, d, device=device)
     cache = ContiguousCache(config, tokens, 64, device=device)
     norm, head = nn.RMSNorm(d).to(device), nn.Linear(d, 64, device=device)
-    block = FeedForward(d, 2 * d).to(device)
-    attention = Attention(d, 2, 2).to(device)
-    layers = [MoELayer(TopKRouter(d, 8, k), Experts(8, d, 2 * d)).to(device) for k in (1, 4)]
+    attention, block = Attention(d, 2, 2).to(device), FeedForward(d, 2 * d).to(device)
+    experts = Experts(BUSY, d, 2 * d)
+    layers = [MoELayer(TopKRouter(d, BUSY, k), experts).to(device) for k in (1, 4)]
 
     def begin() -> Any:
         cache.lengths = torch.full((tokens,), 32)
@@ -114,17 +119,20 @@ def part_times(d: int, tokens: int, device: str) -> dict[str, tuple[float, int]]
         return seconds(run, device)
 
     step = begin()[-1]
-    one, four = (clock(lambda layer=layer: layer(x)) for layer in layers)  # type: ignore[misc]
-    router, matrices = clock(lambda: layers[0].router(x[:, 0])), 6 * d * d * tokens
-    expert = (four - one) / 3
-    return {
-        "embedding": (clock(begin), 0),
-        "norm": (clock(lambda: x + norm(x)), 0),
-        "attention": (clock(lambda: attention(x, step)), 8 * d * d * tokens),
-        "dense": (clock(lambda: block(x)), 2 * matrices),
-        "shared": (clock(lambda: x + block(x)), 2 * matrices),
-        "router": (router, 16 * d * tokens),
-        "experts": (one - router - expert, 0),
-        "expert": (expert, 2 * matrices),
-        "head": (clock(lambda: head(x)), 128 * d * tokens),
+    one, four = (clock(partial(layer, x)) for layer in layers)
+    router, expert = clock(lambda: layers[0].router(x[:, 0])), (four - one) / 3
+    taken = {
+        "embedding": clock(begin),
+        "norm": clock(lambda: x + norm(x)),
+        "attention": clock(lambda: attention(x, step)),
+        "dense": clock(lambda: block(x)),
+        "shared": clock(lambda: x + block(x)),
+        "router": router,
+        "experts": one - router - expert,
+        "expert": expert,
+        "head": clock(lambda: head(x)),
     }
+    products = dict.fromkeys(taken, 0)
+    products |= {"attention": 8 * d * d * tokens, "router": 2 * BUSY * d * tokens}
+    products |= dict.fromkeys(("dense", "shared", "expert"), 12 * d * d * tokens)
+    return taken, products | {"head": 128 * d * tokens}
