@@ -3,29 +3,29 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ..attention import Attention, prepare
+from ..attention import Attention, attend, prepare
 from ..config import TransformerConfig
+from ..dispatch import sorted_rows
 from ..experts import Experts
-from ..ffn import FeedForward
+from ..ffn import FeedForward, activate
 from ..kernels import cpu
 from ..kv_cache import ContiguousCache
 from ..layer import MoELayer
+from ..rotary import rotate
 from ..routers import TopKRouter
 
 DTYPES = (torch.float32, torch.bfloat16)
 CACHES = (4, 8, 16, 32, 64)  # MiB of weights that may stay in a cache
 BEYOND = 192  # MiB that no cache holds
 SEVERAL = 4  # rows from which on reading weights takes no longer; one row alone is faster
-BUSY = 8  # experts of the layers that are timed
-WIDE, MANY = 256, 256  # features and tokens of parts in which every operator has work to do
 
 
 @torch.no_grad()
@@ -41,7 +41,6 @@ def measure(device: str) -> dict[str, Any]:
     speeds = {n: read_rate(n, SEVERAL, peak, device) for n in (*CACHES, BEYOND)}
     middle = (max(speeds.values()) * speeds[BEYOND]) ** 0.5
     cached = [n for n in CACHES if speeds[n] > middle]
-    overhead, _ = part_times(16, 1, device)
     return {
         "name": name,
         "flops": flops,
@@ -50,29 +49,29 @@ def measure(device: str) -> dict[str, Any]:
         "memory": size,
         "cache": max(cached, default=0) * 2**20,
         "cache_bandwidth": statistics.median(speeds[n] for n in cached) if cached else 0.0,
-        "overhead": overhead,
-        "elementwise": elementwise(overhead, peak, device),
+        "overhead": overheads(device),
+        "elementwise": elementwise(device),
         "source": "measured",
     }
 
 
 def seconds(run: Callable[[], object], device: str, budget: float = 0.1) -> float:
-    """Median time of a call, of at least 5."""
+    """Time of a call that nothing else on the machine delays: the fastest quarter of 8 or more."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     run()
     wait()
     taken, end = [], time.perf_counter() + budget
-    while len(taken) < 5 or time.perf_counter() < end:
+    while len(taken) < 8 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         wait()
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return statistics.quantiles(taken, n=4)[0]
 
 
 def product_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large product."""
-    n = 8192 if device.startswith("cuda") else 1024
+    n = 8192 if device.startswith("cuda") else 768
     a, b = torch.randn(2, n, n, dtype=dtype, device=device)
     return 2 * n**3 / seconds(lambda: a @ b, device, 0.3)
 
@@ -90,38 +89,29 @@ def read_rate(mebibytes: int, rows: int, peak: float, device: str) -> float:
     return weights[0].nbytes / max(each, 1e-6)
 
 
-def elementwise(overhead: Mapping[str, float], peak: float, device: str) -> dict[str, float]:
-    """Seconds for each number of a part, beside its products and what any part takes."""
-    taken, products = part_times(WIDE, MANY, device)
-    beside = {name: taken[name] - overhead[name] - products[name] / peak for name in taken}
-    beside["experts"] -= BUSY * overhead["expert"]
-    beside["expert"] += overhead["expert"]  # the difference of two layers had as many experts
-    numbers = {name: MANY * WIDE + products[name] / (2 * WIDE) for name in taken}
-    return {name: max(beside[name], 0.0) / numbers[name] for name in taken}
-
-
-def part_times(d: int, tokens: int, device: str) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds of each part of this library at these sizes, and the FLOPs of its products."""
-    config = TransformerConfig(64, d, 1, 2, 2 * d)
-    ids = torch.zeros(tokens, 1, dtype=torch.long, device=device)
-    x, table = torch.randn(tokens, 1, d, device=device), torch.randn(64, d, device=device)
-    cache = ContiguousCache(config, tokens, 64, device=device)
+def overheads(device: str) -> dict[str, float]:
+    """Seconds of each part of this library for one token, so small that its work is nothing."""
+    d = 16
+    config = TransformerConfig(64, d, 1, 2, d)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    x, table = torch.randn(1, 1, d, device=device), torch.randn(64, d, device=device)
+    cache = ContiguousCache(config, 1, 64, device=device)
     norm, head = nn.RMSNorm(d).to(device), nn.Linear(d, 64, device=device)
-    attention, block = Attention(d, 2, 2).to(device), FeedForward(d, 2 * d).to(device)
-    experts = Experts(BUSY, d, 2 * d)
-    layers = [MoELayer(TopKRouter(d, BUSY, k), experts).to(device) for k in (1, 4)]
+    attention, block = Attention(d, 2, 2).to(device), FeedForward(d, d).to(device)
+    experts = Experts(8, d, d)
+    layers = [MoELayer(TopKRouter(d, 8, k), experts).to(device) for k in (1, 4)]
 
     def begin() -> Any:
-        cache.lengths = torch.full((tokens,), 32)
+        cache.lengths = torch.full((1,), 32)
         return int(ids.min()), F.embedding(ids, table), prepare(config, x, cache=cache)
 
     def clock(run: Callable[[], object]) -> float:
         return seconds(run, device)
 
     step = begin()[-1]
-    one, four = (clock(partial(layer, x)) for layer in layers)
+    one, four = (clock(partial(layer, x)) for layer in layers)  # experts that the token visits
     router, expert = clock(lambda: layers[0].router(x[:, 0])), (four - one) / 3
-    taken = {
+    return {
         "embedding": clock(begin),
         "norm": clock(lambda: x + norm(x)),
         "attention": clock(lambda: attention(x, step)),
@@ -132,7 +122,30 @@ def part_times(d: int, tokens: int, device: str) -> tuple[dict[str, float], dict
         "expert": expert,
         "head": clock(lambda: head(x)),
     }
-    products = dict.fromkeys(taken, 0)
-    products |= {"attention": 8 * d * d * tokens, "router": 2 * BUSY * d * tokens}
-    products |= dict.fromkeys(("dense", "shared", "expert"), 12 * d * d * tokens)
-    return taken, products | {"head": 128 * d * tokens}
+
+
+def elementwise(device: str) -> dict[str, float]:
+    """Seconds for each of `Part.numbers` and each token of what a part does beside products."""
+    batch, seq, d, heads, k = 16, 16, 256, 4, 2
+    tokens, x = batch * seq, torch.randn(batch * seq, d, device=device)
+    norm, router = nn.RMSNorm(d).to(device), TopKRouter(d, 8, k).to(device)
+    routing, hidden = router(x), torch.randn(tokens, 4 * d, device=device)
+    q = torch.randn(batch, heads, seq, d // heads, device=device)
+    cos = sin = torch.ones(1, 1, seq, d // heads // 2, device=device)
+
+    def mix() -> Tensor:
+        return attend(rotate(q, cos, sin), rotate(q, cos, sin), q).transpose(1, 2).flatten(2)
+
+    def clock(run: Callable[[], object]) -> float:
+        return seconds(run, device) / (tokens * d)
+
+    activated = clock(lambda: activate(hidden, "swiglu")) / 7  # a block of 2 * d has 7 * d numbers
+    moved = clock(lambda: sorted_rows(x, routing, lambda rows, counts: rows)) / k / 7
+    return {
+        "norm": clock(lambda: x + norm(x)),
+        "attention": clock(mix) / 5,
+        "router": clock(lambda: router(x)),
+        "dense": activated,
+        "shared": activated,
+        "expert": activated + moved,
+    }

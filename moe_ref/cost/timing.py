@@ -201,7 +201,6 @@ class _Load:
             each = numbers.get(part.name, 0.0) * part.numbers * tokens
         else:
             each = known.get("expert", 0.0) * self.touched(part)
-            each += numbers.get("experts", 0.0) * part.width * tokens
             each += numbers.get("expert", 0.0) * part.numbers * tokens * part.k
         return part.places * (known.get(part.name, 0.0) + each)
 
