@@ -1,6 +1,6 @@
 """What a model is made of, and what follows by counting: parameters, FLOPs, bytes.
 
-    parts(config) -> Part, Part, ...   # everything else is a sum over these
+parts(config) -> Part, Part, ...   # everything else is a sum over these
 """
 
 import math
@@ -116,10 +116,10 @@ def parts(model: Any) -> tuple[Part, ...]:
     for layer in range(c.n_layers):
         layers.update([_attention(c, layer), norm, norm, *_feed_forward(c, layer)])
     layers.update([norm])
-    found = [replace(part, places=places) for part, places in layers.items()]
+    inside = [replace(part, places=places) for part, places in layers.items()]
     matrix = c.vocab_size * c.d_model
     head = Part("head", 0 if c.tied else matrix, flops=2 * matrix, read=matrix, width=c.d_model)
-    return (embedding, *found, head)
+    return (embedding, *inside, head)
 
 
 def _attention(c: Any, layer: int) -> Part:

@@ -85,16 +85,11 @@ class Machine:
     def measured(cls, device: str = "cpu") -> "Machine":
         """The machine at hand, measured in a few seconds with the threads that torch has now.
 
-        Rates are those of products: large ones for `flops`, of a single row for the bandwidth. The
-        overheads are the times of the smallest parts of this library.
+        Rates are those of products: large ones for `flops`, float32 of few rows for the bandwidth.
+        Overheads are the times of this library's parts, as small as they can be.
 
         Args:
             device: of torch, "cpu" or "cuda".
-
-        Example:
-            >>> machine = Machine.measured()  # doctest: +SKIP
-            >>> machine.name, machine.compute_share  # doctest: +SKIP
-            ('cpu, 2 threads', 1.0)
         """
         return cls(**measuring.measure(device))
 

@@ -60,7 +60,8 @@ def seconds(run: Callable[[], object], device: str, budget: float = 0.1) -> floa
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     run()
     wait()
-    taken, end = [], time.perf_counter() + budget
+    taken: list[float] = []
+    end = time.perf_counter() + budget
     while len(taken) < 8 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
@@ -95,7 +96,7 @@ def overheads(device: str) -> dict[str, float]:
     config = TransformerConfig(64, d, 1, 2, d)
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     x, table = torch.randn(1, 1, d, device=device), torch.randn(64, d, device=device)
-    cache = ContiguousCache(config, 1, 64, device=device)
+    cache: Any = ContiguousCache(config, 1, 64, device=device)
     norm, head = nn.RMSNorm(d).to(device), nn.Linear(d, 64, device=device)
     attention, block = Attention(d, 2, 2).to(device), FeedForward(d, d).to(device)
     experts = Experts(8, d, d)

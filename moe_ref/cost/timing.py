@@ -24,7 +24,7 @@ class Time:
         compute: multiplying.
         memory: reading weights and cache.
         exchange: sending rows to other machines, and home.
-        overhead: launching kernels or operators.
+        overhead: starting kernels or operators, and what they do beside products.
         tokens: tokens that the pass reads.
         price: dollars for an hour of all machines; None: unknown.
 
@@ -47,6 +47,11 @@ class Time:
         return self.compute + self.memory + self.exchange + self.overhead
 
     @property
+    def overlapped(self) -> float:
+        """The time if the exchange of one half of the batch hides behind the work on the other."""
+        return max(self.exchange, self.total - self.exchange)
+
+    @property
     def limit(self) -> float:
         """The larger of compute and memory: no kernel is faster."""
         return max(self.compute, self.memory)
@@ -54,7 +59,8 @@ class Time:
     @property
     def binds(self) -> str:
         """The name of the largest term."""
-        return max(("compute", "memory", "exchange", "overhead"), key=lambda name: getattr(self, name))
+        terms = ("compute", "memory", "exchange", "overhead")
+        return max(terms, key=lambda name: getattr(self, name))
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,10 +90,10 @@ def time(
 ) -> Time:
     """Time of one forward pass: of prefill, of a decode step, or of a layer.
 
-    | layout | each machine has | they exchange |
+    | layout | a machine has | machines exchange |
     |---|---|---|
-    | experts | its own sequences, all dense weights, its share of the experts | rows, to the experts of each MoE layer and home |
-    | tensor | all sequences, its share of every weight | the sums of each attention and each feed-forward part |
+    | experts | its own sequences, dense weights, its share of the experts | rows, there and back |
+    | tensor | all sequences, its share of every weight | sums of attention and feed-forward parts |
 
     Args:
         model: as in `parts`; for a layer, its parts alone.
@@ -159,9 +165,11 @@ class _Load:
         return touched(n, part.k, self.batch * self.tokens, self.popularity) / self.machines
 
     def rows(self, part: Part) -> float:
-        """Rows of a product: tokens of this machine for each copy that it reads."""
-        tokens = self.batch * self.tokens / (1 if self.layout == "tensor" else self.machines)
-        return tokens * part.k / (self.touched(part) * self.machines if part.n_experts > 1 else 1)
+        """Rows of a product: tokens for each copy that is read."""
+        tokens, machines = self.batch * self.tokens, self.machines
+        if part.n_experts > 1:
+            return tokens * part.k / (self.touched(part) * machines)
+        return tokens if self.layout == "tensor" else tokens / machines
 
     def uneven(self, part: Part) -> float:
         return self.imbalance if part.n_experts > 1 else 1.0
@@ -227,4 +235,3 @@ def all_to_all(machine: Machine, nbytes: float, machines: int) -> float:
         raise ValueError(f"machine={machine.name!r} has no link to share work over")
     leaving = nbytes * (machines - 1) / machines
     return machine.link_latency + leaving / machine.link_bandwidth
-
