@@ -113,6 +113,7 @@ def time(
             share work.
 
     Example:
+        >>> from moe_ref.cost import MACHINES
         >>> moe = TransformerConfig(32_000, 4096, 32, 32, 14_336, n_kv_heads=8, n_experts=8, k=2)
         >>> step = time(moe, MACHINES["h100"], batch=16, context=1000, machines=2)
         >>> step.binds, f"{1000 * step.total:.1f} ms"
@@ -225,6 +226,7 @@ def all_to_all(machine: Machine, nbytes: float, machines: int) -> float:
         ValueError: if the machine has no link.
 
     Example:
+        >>> from moe_ref.cost import MACHINES
         >>> round(all_to_all(MACHINES["h800"], 50e6, machines=8) * 1e6)
         885
     """
