@@ -395,6 +395,15 @@ def test_machines_share_the_products_of_a_pass_evenly(layout):
     assert shared.price == 8 * alone.price
 
 
+def test_a_lone_sequence_is_read_by_one_machine_unless_all_share_each_weight():
+    h200 = MACHINES["h200"]
+    alone = cost.time(MISTRAL, h200, context=10_000)
+    apart = cost.time(MISTRAL, h200, context=10_000, machines=4)
+    shared = cost.time(MISTRAL, h200, context=10_000, machines=4, layout="tensor")
+    assert (apart.compute, apart.memory) == (alone.compute, alone.memory)
+    assert shared.memory == pytest.approx(alone.memory / 4)
+
+
 def test_a_pass_that_fits_a_cache_reads_at_its_rate_and_few_rows_read_at_theirs():
     rates = {"cache": 1e6, "cache_bandwidth": 4e9, "row_bandwidth": 2e9}
     machine = Machine("m", {"float32": 1e12}, bandwidth=1e9, memory=1e12, **rates)
