@@ -201,7 +201,9 @@ class _Load:
         if part.n_experts == 1:
             return 0.0
         sent = self.own * self.tokens * part.k * row * self.imbalance
-        return 2 * part.places * all_to_all(self.machine, sent, self.machines)
+        there = all_to_all(self.machine, sent, self.machines)
+        counts = all_to_all(self.machine, 0, self.machines)  # so that each knows what is to come
+        return part.places * (counts + 2 * there)
 
     def overhead(self, part: Part) -> float:
         known, numbers = self.machine.overhead, self.machine.elementwise
