@@ -217,7 +217,12 @@ def _described(folder: Path) -> tuple[Family, TransformerConfig]:
             )
         if kind not in FAMILIES:
             raise ValueError(f"model_type={kind!r} is none of {', '.join(FAMILIES)}")
-        return FAMILIES[kind], FAMILIES[kind].read_config(settings)
+        family, config = FAMILIES[kind], FAMILIES[kind].read_config(settings)
+        quantised = read(settings, "quantization_config", dict, {})
+        if quantised and not any(place.coded for place in family.layout(config).values()):
+            method = quantised.get("quant_method")
+            raise ValueError(f"quant_method={method!r}: quantised weights of {kind} are not read")
+        return family, config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

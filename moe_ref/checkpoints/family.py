@@ -23,6 +23,11 @@ class Coded:
         endings: of the names of these tensors, after the tensor's own name.
         decode: called with the same rows, along the first axis, of each of them; returns these rows
             of the tensor.
+
+    Example:
+        >>> coded = Coded(("_codes", "_scales"), lambda codes, scales: codes * scales[:, None])
+        >>> coded.decode(torch.tensor([[2, 3]], dtype=torch.int8), torch.tensor([0.5]))
+        tensor([[1.0000, 1.5000]])
     """
 
     endings: tuple[str, ...]

@@ -14,7 +14,12 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file, as the file's header describes it."""
+    """A tensor of a file, as the file's header describes it.
+
+    Example:
+        >>> Entry(Path("model.safetensors"), "model.norm.weight", (16,), "BF16").shape
+        (16,)
+    """
 
     path: Path
     name: str
@@ -31,6 +36,14 @@ class Survey:
         index: the file of each tensor, as the index has it; empty without an index.
         damaged: names of the files that can't be read.
         wrong: what is wrong with the files, each in a sentence.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     save_file({"w": torch.zeros(2, 3)}, Path(name, "model.safetensors"))
+        ...     survey(Path(name)).entries["w"].shape
+        (2, 3)
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)

@@ -30,6 +30,11 @@ class Source:
         entries: the tensors.
         shape, dtype: of the tensor, once it is decoded.
         coded: how it is decoded; None: it is as it should be.
+
+    Example:
+        >>> entry = Entry(Path("model.safetensors"), "model.norm.weight", (16,), "BF16")
+        >>> Source(Place("norm.weight"), (entry,), (16,), torch.bfloat16, None).place.ours
+        'norm.weight'
     """
 
     place: Place
@@ -196,6 +201,15 @@ class Files:
 
     Args:
         limit: bytes read until all files are opened anew.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     path = Path(name, "model.safetensors")
+        ...     save_file({"w": torch.arange(6).view(3, 2)}, path)
+        ...     Files(limit=1000).rows(Entry(path, "w", (3, 2), "I64"), 1, 3).tolist()
+        [[2, 3], [4, 5]]
     """
 
     def __init__(self, limit: int) -> None:

@@ -133,6 +133,8 @@ def settings_with(folder, changes):
         ),
         ({"sliding_window": "4096"}, "sliding_window='4096' must be a whole number"),
         ({"sliding_window": 0}, r"windows=\(0,\) must be numbers of at least 1, or None"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq': quantised weights"),
+        ({"quantization_config": "awq"}, "quantization_config='awq' must be an object"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not 'silu'"),
         ({"head_dim": 7}, "d_head=7"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),

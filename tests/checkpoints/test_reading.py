@@ -58,6 +58,15 @@ def test_of_several_dtypes_a_router_keeps_its_own_and_all_else_has_that_of_most(
     }
 
 
+def test_the_model_is_made_on_the_device_asked_for(tmp_path):
+    checkpoints.save(build(dataclasses.replace(MOE, tied=True)), tmp_path)
+    for module in (
+        checkpoints.load(tmp_path, device="meta"),
+        checkpoints.layer(tmp_path, 1, device=torch.device("meta"), dtype=torch.float16),
+    ):
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+
+
 def test_a_tied_head_stays_tied_and_every_parameter_can_be_trained(tmp_path):
     checkpoints.save(build(dataclasses.replace(MOE, tied=True)), tmp_path)
     loaded = checkpoints.load(tmp_path)
