@@ -1,0 +1,101 @@
+"""Times that `moe_ref.cost` predicts beside those measured: a layer, prefill and decode.
+
+    python benchmarks/cost.py [--size NAME ...] [--batch N ...] [--prompt N] [--device D]
+
+The machine is measured first, by `Machine.measured()`; nothing is fitted to the models. Prediction
+takes all experts for equally popular. "ratio" is measured over predicted; "binds" names the term
+that the prediction says is the largest.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from moe_ref import Transformer, TransformerConfig, cost
+from moe_ref.course import lesson
+from moe_ref.kv_cache import ContiguousCache
+from moe_ref.layer import MoELayer
+
+SIZES = {
+    "tiny": TransformerConfig(2048, 96, 4, 4, 192, n_kv_heads=2, n_experts=24, k=2, tied=True),
+    "small": TransformerConfig(2048, 256, 4, 4, 512, n_kv_heads=2, n_experts=8, k=2),
+    "many": TransformerConfig(2048, 512, 4, 8, 256, n_kv_heads=4, n_experts=64, k=8),
+    "wide": TransformerConfig(4096, 1024, 2, 16, 512, n_kv_heads=4, n_experts=32, k=4),
+    "large": TransformerConfig(4096, 1024, 4, 16, 2048, n_kv_heads=4, n_experts=8, k=2),
+}
+CONTEXT = 64  # tokens read before a decode step
+
+
+def decode(model: Transformer, batch: int) -> Callable[[], object]:
+    """A step of `batch` sequences, always at the same place."""
+    device = model.embedding.weight.device
+    cache = ContiguousCache(model.config, batch, CONTEXT + 1, device=device)
+    tokens = torch.randint(model.config.vocab_size, (batch, 1), device=device)
+
+    def step() -> object:
+        cache.lengths = torch.full((batch,), CONTEXT)
+        return model(tokens, cache=cache)
+
+    return step
+
+
+def runs(
+    model: Transformer, batch: int, prompt: int
+) -> dict[str, tuple[Callable[[], object], dict[str, int]]]:
+    """What is measured, and the arguments of `cost.time` that describe it."""
+    config, device = model.config, model.embedding.weight.device
+    layer = next(part for part in model.modules() if isinstance(part, MoELayer))
+    x = torch.randn(batch, config.d_model, device=device)
+    tokens = torch.randint(config.vocab_size, (batch, prompt), device=device)
+    return {
+        "layer": (lambda: layer(x), {"batch": batch}),
+        "prefill": (lambda: model(tokens), {"batch": batch, "tokens": prompt}),
+        "decode": (decode(model, batch), {"batch": batch, "context": CONTEXT}),
+    }
+
+
+def layer_parts(config: TransformerConfig) -> list[cost.Part]:
+    """The parts of one MoE layer."""
+    from dataclasses import replace
+
+    inside = [part for part in cost.parts(config) if part.name in ("router", "experts")]
+    return [replace(part, places=1) for part in inside]
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 64, 256])
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of a sequence in prefill")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    machine = cost.Machine.measured(options.device)
+    print(f"torch {torch.__version__}, {machine.name}")
+    rate, read = machine.rate("float32") / 1e9, machine.bandwidth / 1e9
+    print(f"{rate:.0f} GFLOP/s, {read:.1f} GB/s, {machine.cache_bandwidth / 1e9:.1f} GB/s up to")
+    print(f"{machine.cache / 2**20:.0f} MiB; microseconds of the smallest parts:")
+    print(", ".join(f"{name} {1e6 * s:.0f}" for name, s in machine.overhead.items()))
+    print("\n| size | batch | of | measured, ms | predicted, ms | ratio | binds |")
+    print("|---|--:|---|--:|--:|--:|---|")
+    ratios = []
+    for size in options.size:
+        torch.manual_seed(0)
+        model = Transformer(SIZES[size]).to(options.device).eval()
+        for batch in options.batch:
+            for name, (run, case) in runs(model, batch, options.prompt).items():
+                of = layer_parts(model.config) if name == "layer" else model.config
+                predicted = cost.time(of, machine, dtype="float32", **case)
+                measured = lesson.measure(run, seconds=0.3)
+                ratios.append(measured / predicted.total)
+                cells = [size, str(batch), name, f"{1000 * measured:.2f}"]
+                cells += [f"{1000 * predicted.total:.2f}", f"{ratios[-1]:.2f}", predicted.binds]
+                print("| " + " | ".join(cells) + " |", flush=True)
+    within = sum(max(ratio, 1 / ratio) <= 1.5 for ratio in ratios)
+    print(f"\nworst ratio {max(max(ratio, 1 / ratio) for ratio in ratios):.2f};", end=" ")
+    print(f"{within} of {len(ratios)} within a factor of 1.5")
+
+
+if __name__ == "__main__":
+    main()

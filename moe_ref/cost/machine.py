@@ -1,0 +1,170 @@
+"""A machine, as far as time and money depend on it: rates, memory, links, price."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from .._validate import check_choice
+from . import measuring
+
+# Kernels that a part takes where they are fused as serving engines fuse them.
+KERNELS = {"embedding": 1, "norm": 1, "attention": 5, "dense": 3, "shared": 3, "mix": 2}
+KERNELS |= {"router": 2, "experts": 3, "head": 1}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine can do; all rates are of one device.
+
+    Args:
+        name: what to call it.
+        flops: FLOP/s of dense matrix products, by dtype; no factor for sparsity.
+        bandwidth: bytes/s of reading memory.
+        memory: bytes that it holds.
+        compute_share, memory_share: shares of the two rates that kernels reach; 1 where the rates
+            were measured.
+        cache: bytes that stay in a cache from pass to pass.
+        cache_bandwidth: bytes/s at which a pass reads if all it reads fits there.
+        overhead: seconds that a part takes in each place, whatever its size, by its name;
+            "expert" is for each expert that is touched, beside "experts" for all.
+        link_bandwidth: bytes/s that leave a device for the others; 0: it has no link.
+        link_latency: seconds until the first byte is there.
+        price: dollars for an hour of one device; None: unknown.
+        source: where the figures are from.
+
+    Raises:
+        ValueError: if a rate, a size or a share is impossible.
+
+    Example:
+        >>> h100 = MACHINES["h100"]
+        >>> round(h100.rate("bfloat16") / h100.read_rate(1e9))  # FLOPs for each byte that it reads
+        174
+    """
+
+    name: str
+    flops: Mapping[str, float]
+    bandwidth: float
+    memory: float
+    compute_share: float = 1.0
+    memory_share: float = 1.0
+    cache: float = 0.0
+    cache_bandwidth: float = 0.0
+    overhead: Mapping[str, float] = field(default_factory=dict)
+    link_bandwidth: float = 0.0
+    link_latency: float = 0.0
+    price: float | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        rates = {f"flops[{name!r}]": rate for name, rate in self.flops.items()}
+        for name, rate in {**rates, "bandwidth": self.bandwidth, "memory": self.memory}.items():
+            if not (rate > 0 and math.isfinite(rate)):
+                raise ValueError(f"{name}={rate} of {self.name!r} must be more than 0")
+        for name in ("compute_share", "memory_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not more than 0 and at most 1")
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s that matrix products of this dtype reach; ValueError if it knows none."""
+        check_choice("dtype", dtype, self.flops)
+        return self.flops[dtype] * self.compute_share
+
+    def read_rate(self, nbytes: float) -> float:
+        """Bytes/s at which a pass reads that reads so many bytes."""
+        cached = nbytes <= self.cache
+        return (self.cache_bandwidth if cached else self.bandwidth) * self.memory_share
+
+    @classmethod
+    def measured(cls, device: str = "cpu") -> "Machine":
+        """The machine at hand, measured in a few seconds with the threads that torch has now.
+
+        Rates are those of products: large ones for `flops`, of a single row for the bandwidth. The
+        overheads are the times of the smallest parts of this library.
+
+        Args:
+            device: of torch, "cpu" or "cuda".
+
+        Example:
+            >>> machine = Machine.measured()  # doctest: +SKIP
+            >>> machine.name, machine.compute_share  # doctest: +SKIP
+            ('cpu, 2 threads', 1.0)
+        """
+        return cls(**measuring.measure(device))
+
+
+# Parts of a pass on a GPU: 4 microseconds for each kernel, what a launch takes without CUDA graphs.
+# Half of the peak and 0.85 of the bandwidth are what good kernels reach, for layers of experts too.
+_GPU = {
+    "overhead": {name: n * 4e-6 for name, n in KERNELS.items()},
+    "compute_share": 0.5,
+    "memory_share": 0.85,
+    "link_latency": 10e-6,
+}
+_HOPPER = {"float32": 494.7e12, "bfloat16": 989.4e12, "float8": 1978.9e12, "int8": 1978.9e12}
+_PRICES = "price: middle of on-demand offers of GPU clouds, early 2026"
+_H100 = Machine(
+    "H100 SXM",
+    flops=_HOPPER,  # float32 stands for TF32
+    bandwidth=3.35e12,
+    memory=80e9,
+    link_bandwidth=450e9,  # NVLink 4: 900 GB/s, both directions together
+    price=3.0,
+    source=f"NVIDIA H100 datasheet, without sparsity; {_PRICES}",
+    **_GPU,  # type: ignore[arg-type]
+)
+
+MACHINES: Mapping[str, Machine] = {
+    "h100": _H100,
+    "h200": replace(
+        _H100,
+        name="H200 SXM",
+        bandwidth=4.8e12,
+        memory=141e9,
+        price=4.0,
+        source=f"NVIDIA H200 datasheet, without sparsity; {_PRICES}",
+    ),
+    "h800": replace(
+        _H100,
+        name="H800 SXM",
+        link_bandwidth=50e9,  # InfiniBand between nodes, 400 Gbit/s for each GPU
+        price=2.0,
+        source="H100's rates; link: DeepSeek-V3 (2412.19437), section 3.1; price: assumed by"
+        " DeepSeek, DeepSeek-V3/R1 Inference System Overview, 2025",
+    ),
+    "b200": replace(
+        _H100,
+        name="B200, HGX",
+        flops={
+            "float32": 1.1e15,
+            "bfloat16": 2.25e15,
+            "float8": 4.5e15,
+            "int8": 4.5e15,
+            "float4": 9e15,
+        },
+        bandwidth=8e12,
+        memory=180e9,
+        link_bandwidth=900e9,  # NVLink 5: 1.8 TB/s, both directions together
+        price=5.0,
+        source=f"NVIDIA HGX B200 datasheet, 1,000 W, without sparsity; {_PRICES}",
+    ),
+    "a100": replace(
+        _H100,
+        name="A100 SXM, 80 GB",
+        flops={"float32": 156e12, "bfloat16": 312e12, "int8": 624e12},
+        bandwidth=2.039e12,
+        link_bandwidth=300e9,  # NVLink 3: 600 GB/s, both directions together
+        price=1.8,
+        source=f"NVIDIA A100 datasheet, without sparsity; {_PRICES}",
+    ),
+    "laptop": Machine(
+        "laptop, 8 cores of Zen 4",
+        # 8 cores * 32 FLOPs a cycle (two AVX2 units that multiply and add) * 3.3 GHz.
+        flops={"float32": 0.845e12, "bfloat16": 1.69e12},
+        bandwidth=89.6e9,  # two channels of DDR5-5600
+        memory=32e9,
+        compute_share=0.7,
+        memory_share=0.7,
+        overhead={name: n * 2e-6 for name, n in KERNELS.items()},
+        source="AMD Ryzen 7 7840U at its base clock: arithmetic from its specification",
+    ),
+}
