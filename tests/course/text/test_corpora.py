@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from moe_ref import Transformer, TransformerConfig
 from moe_ref.course import corpora
-from moe_ref.course.text import data, sources
+from moe_ref import _data as data
+from moe_ref.course.text import sources
 from moe_ref.course.text import incidents as incidents_module
 
 SMALL = ("french", "russian", "japanese", "chinese")
@@ -403,7 +404,7 @@ def test_a_missing_data_file_is_named_with_what_it_is_and_how_to_get_it(
     name, remedy, tmp_path, monkeypatch
 ):
     assert corpora.data_file("tokenizer.json").is_file()
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "moe_ref/course/text/data.py"))
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "moe_ref/_data.py"))
     with pytest.raises(FileNotFoundError, match=rf"data file '{name}' is neither in .*{remedy}"):
         corpora.data_file(name)
 
