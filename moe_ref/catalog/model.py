@@ -68,7 +68,6 @@ class Model:
         router: a name in `routers.ROUTERS`.
         score, renormalize, scale, n_groups, groups_kept, selection_bias, logit_bias: as in
             `TopKRouter`; the groups of a noisy router are the first level of two.
-        capacity_factor: of training; None: no limit, or not known.
         norm, norm_bias, norm_eps, norms_per_block: "rms" or "layer", and how many.
         positions: learned positions.
         tied, head_bias: the head.
@@ -137,7 +136,6 @@ class Model:
     groups_kept: int = 1
     selection_bias: bool = False
     logit_bias: bool = False
-    capacity_factor: float | None = None
     norm: str = "rms"
     norm_bias: bool = False
     norm_eps: float = 1e-5
