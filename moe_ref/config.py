@@ -53,7 +53,7 @@ class TransformerConfig:
         tied: whether the head has the embedding's weight.
         embedding_scale: factor of the embedded tokens.
         residual_scale: factor of what a block's two parts add.
-        logits_scale: factor of the logits.
+        logits_divisor: what the logits are divided by.
         norm_eps: added to the mean square in RMSNorm.
         backend: of the `Experts`.
 
@@ -96,7 +96,7 @@ class TransformerConfig:
     tied: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    logits_scale: float = 1.0
+    logits_divisor: float = 1.0
     norm_eps: float = 1e-5
     backend: str = "auto"
 
@@ -115,6 +115,8 @@ class TransformerConfig:
                 check_choice(name, getattr(self, name), choices)
         if self.shared_mix and not self.d_shared:
             raise ValueError(f"shared_mix={self.shared_mix!r} needs a shared expert: d_shared=0")
+        if not self.logits_divisor:
+            raise ValueError("logits_divisor=0 must not be 0")
         if not self.windows or any(w is not None and w < 1 for w in self.windows):
             raise ValueError(f"windows={self.windows} must be numbers of at least 1, or None")
         self._check_experts()

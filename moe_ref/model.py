@@ -112,8 +112,8 @@ class Transformer(nn.Module):
             x, routing = block(x, step, tokens, mask)
             if routing is not None:
                 routings.append(routing)
-        logits = scaled(self.head(self.norm(x)), self.config.logits_scale)
-        output = Output(logits, tuple(routings))
+        logits, divisor = self.head(self.norm(x)), self.config.logits_divisor
+        output = Output(logits if divisor == 1 else logits / divisor, tuple(routings))
         if cache is not None:
             cache.commit()
         return output

@@ -1,4 +1,4 @@
-"""Small trainings, three seeds each, whose held-out losses notebooks 07 and 08 compare.
+"""Small trainings, three seeds each, whose held-out losses notebooks 07, 08 and 10 compare.
 
     python scripts/experiments.py [experiment ...] [--jobs 2] [--steps 400] [--seeds 3]
 
@@ -11,6 +11,9 @@ interrupted command can be given again.
     experts     equal active FLOPs: MoEs of 8 and 64 experts, top-2; and 24 without the scale
     fine        equal active FLOPs: 8 experts top-2 (in "experts"); 32 of a quarter of the size,
                 top-8; 31, top-7, and a shared one that every token visits
+    pyramid     equal active FLOPs and as many experts: 8, 16, 32 and 40 from the first layer to the
+                last; the other way round; DeepSpeed's residual layer, a dense block beside one
+                expert (23 of them); and both, its PR-MoE
     hunger      the dense model and the MoE, trained on an eighth of the documents
     upcycling   a dense model upcycled half-way, with the moments of AdamW carried over; an MoE of
                 the same shape from scratch; the dense model itself is in "rates"
@@ -43,9 +46,17 @@ RATES = (2e-3, 4e-3, 8e-3, 16e-3)  # all for the first seed, the best for all
 BATCH, SEQ = 16, 128
 
 
-def moe(n_experts: int, k: int = 2, d_ff: int = MOE.d_ff, d_shared: int = 0) -> TransformerConfig:
+def moe(
+    n_experts: int | tuple[int, ...], k: int = 2, d_ff: int = MOE.d_ff, d_shared: int = 0
+) -> TransformerConfig:
     config = replace(MOE, n_experts=n_experts, k=k, d_ff=d_ff, d_shared=d_shared)
     return replace(config, router_options={"scale": k**0.5})
+
+
+def residual(n_experts: int | tuple[int, ...]) -> TransformerConfig:
+    """A dense block beside one expert, each as wide as one of the two experts of the MoE."""
+    config = replace(moe(n_experts, k=1, d_shared=MOE.d_ff), router="switch", router_options={})
+    return replace(config, shared_mix="softmax")
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,7 @@ class Run:
 def plan(seeds: int) -> list[Run]:
     """All runs, experiment after experiment."""
     quarter = MOE.d_ff // 4
+    growing = (8, 16, 32, 40)  # 96 in all, as four layers of 24 have
     wide = moe(MOE.n_experts, d_ff=DENSE.d_ff)  # what upcycling gives: twice the active FLOPs
     made = (
         *(("rates", f"{lr:g} {name}", config, {"lr": lr}) for lr in RATES for name, config in PAIR),
@@ -69,6 +81,10 @@ def plan(seeds: int) -> list[Run]:
         *(("experts", str(n), moe(n), {}) for n in (64, 8)),
         ("fine", "fine", moe(32, k=8, d_ff=quarter), {}),
         ("fine", "fine + shared", moe(31, k=7, d_ff=quarter, d_shared=quarter), {}),
+        ("pyramid", "pyramid", moe(growing), {}),
+        ("pyramid", "upside down", moe(growing[::-1]), {}),
+        ("pyramid", "residual", residual(MOE.n_experts - 1), {}),
+        ("pyramid", "both", residual(tuple(n - 1 for n in growing)), {}),
         ("upcycling", "upcycled", wide, {"upcycle": True}),
         ("upcycling", "scratch", wide, {}),
         *(("hunger", name, config, {"share": 0.125}) for name, config in PAIR),
@@ -83,7 +99,7 @@ def carry_out(run: Run, steps: int) -> dict:
     torch.manual_seed(run.seed)
     config = replace(TRAINING, steps=steps, warmup=steps // 10, lr=run.lr, evaluate_every=0)
     config = replace(config, checkpoint_every=0)
-    model = one_of_eight(fold_scale(Transformer(DENSE if run.upcycle else run.config)))
+    model = equally_strong(fold_scale(Transformer(DENSE if run.upcycle else run.config)))
     switch = steps // 2 if run.upcycle else -1
     optimizer = training.make_optimizer(model, config)
     data = corpora.batches(some_documents(run.share), batch=BATCH, seq=SEQ, seed=run.seed, mix=MIX)
@@ -105,10 +121,18 @@ def carry_out(run: Run, steps: int) -> dict:
     }
 
 
-def one_of_eight(model: Transformer) -> Transformer:
-    """The shared expert is one of k + 1 answers of equal strength, and all have a dense output."""
+def equally_strong(model: Transformer) -> Transformer:
+    """The shared expert is one of k + 1 answers of equal strength, and all have a dense output.
+
+    Beside one expert both have a share of a half, which a factor of sqrt(2) makes up for.
+    """
     config = model.config
-    if config.d_shared:
+    if config.shared_mix:
+        with torch.no_grad():
+            for block in model.blocks:
+                for down in (block.mlp.shared.down.weight, block.mlp.experts.down):
+                    down.mul_(2**0.5)
+    elif config.d_shared:
         with torch.no_grad():
             for block in model.blocks:
                 block.mlp.shared.down.weight.mul_((config.k + 1) ** -0.5)

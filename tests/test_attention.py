@@ -18,7 +18,10 @@ DENSE = TransformerConfig(50, 16, 2, 4, 24, n_kv_heads=4)
 GROUPED = dataclasses.replace(DENSE, n_kv_heads=2)
 MOE = dataclasses.replace(GROUPED, n_experts=4, k=2, d_ff=12)
 MIXED = dataclasses.replace(MOE, every=2, d_shared=8, n_kv_heads=1)
+WINDOWED = dataclasses.replace(GROUPED, windows=(3, None), qk_norm="heads", d_head=6)
+SINKS = dataclasses.replace(DENSE, windows=(None, 4), sinks=True, qk_norm="all", qkv_bias=True)
 CONFIGS = {"dense": DENSE, "grouped": GROUPED, "moe": MOE, "mixed": MIXED}
+CONFIGS |= {"windowed": WINDOWED, "sinks": SINKS}
 LENGTHS, NEW = [3, 9, 1, 6, 4], 8
 
 
@@ -56,6 +59,35 @@ def test_attention_is_that_of_the_formula_query_by_query():
             scores = torch.einsum("bf,bsf->bs", q[:, head, i], k[:, head // 2, seen]) / 6**0.5
             expected = torch.einsum("bs,bsf->bf", scores.softmax(dim=-1), v[:, head // 2, seen])
             assert_close(ours[:, head, i], expected)
+
+
+def test_a_sink_takes_its_share_of_the_attention_and_gives_nothing():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 5, 6), torch.randn(2, 2, 5, 6)
+    sinks = torch.randn(4, requires_grad=True)
+    ours = attend(q, k, v, scale=0.3, sinks=sinks)
+    rows = []
+    for head in range(4):
+        for i in range(5):
+            scores = 0.3 * torch.einsum("bf,bsf->bs", q[:, head, i], k[:, head // 2, : i + 1])
+            total = scores.exp().sum(dim=-1, keepdim=True) + sinks[head].exp()
+            weights = scores.exp() / total
+            rows.append(torch.einsum("bs,bsf->bf", weights, v[:, head // 2, : i + 1]))
+            assert_close(ours[:, head, i], rows[-1])
+    expected = torch.stack(rows, dim=1).unflatten(1, (4, 5))
+    factors = torch.randn(2, 4, 5, 6)
+    (mine,) = torch.autograd.grad((ours * factors).sum(), sinks)
+    (theirs,) = torch.autograd.grad((expected * factors).sum(), sinks)
+    assert_close(mine, theirs)
+
+
+def test_a_window_shows_a_query_so_many_tokens_and_no_more():
+    decoder = build(dataclasses.replace(DENSE, n_layers=1, windows=(3,)))
+    before, after = tokens(1, 9), tokens(1, 9)
+    after[0, 2] = (after[0, 2] + 1) % 50
+    one, other = decoder(before).logits[0], decoder(after).logits[0]
+    changed = (one - other).abs().amax(dim=-1) > 1e-6
+    assert changed.tolist() == [False, False, True, True, True, False, False, False, False]
 
 
 @given(st.integers(0, 500), st.integers(1, 60), st.integers(0, 99))

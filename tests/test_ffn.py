@@ -23,6 +23,15 @@ def test_outputs_and_gradients_are_those_of_the_specification(activation, tokens
             assert_close(ours, theirs)
 
 
+def test_clipped_swiglu_holds_large_values_to_seven():
+    torch.manual_seed(0)
+    ffn, x = FeedForward(6, 10, activation="clipped_swiglu"), 40 * torch.randn(9, 6)
+    gate, up = (x @ ffn.gate_up.weight.T).chunk(2, dim=-1)
+    assert (gate > 7).any() and (up > 7).any() and (up < -7).any()
+    expected = [specification.feed_forward(row, *parameters(ffn), "clipped_swiglu") for row in x]
+    assert_close(ffn(x), torch.stack(expected))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_parameters_are_two_or_three_matrices(activation):
     gated, _ = ACTIVATIONS[activation]

@@ -8,16 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from moe_ref import Experts, FeedForward, MoELayer, TopKRouter, specification
+from moe_ref import Experts, FeedForward, MoELayer, SwitchRouter, TopKRouter, specification
 from moe_ref.experts import BACKENDS
+from moe_ref.layer import Mix
 
 from .tools import assert_close, gradients, make_layer, parameters, sizes
+
+MIXES = {"sigmoid": specification.sigmoid_mix, "softmax": specification.softmax_mix}
 
 
 def naive(layer, x, mask=None):
     """The layer by its specification, on the same parameters."""
     shared = None if layer.shared is None else tuple(layer.shared.parameters())
     router, experts = layer.router, layer.experts
+
+    def mix(token):
+        return MIXES[layer.mix.kind](token, *layer.mix.parameters())
+
     decision = specification.top_k(
         x,
         router.weight,
@@ -32,6 +39,7 @@ def naive(layer, x, mask=None):
         experts.down,
         activation=experts.activation,
         shared=shared,
+        **({} if layer.mix is None else {"mix": mix}),
     )
 
 
@@ -68,6 +76,53 @@ def test_outputs_and_all_gradients_are_those_of_the_specification(
     )
     x = torch.randn(tokens, 8, requires_grad=True)
     compare(layer, x, torch.rand(tokens) < 0.7 if padded else None)
+
+
+@pytest.mark.parametrize("kind", MIXES)
+@given(shape=sizes(), padded=st.booleans(), seed=st.integers(0, 99))
+def test_a_mixed_in_shared_expert_is_that_of_the_specification(kind, shape, padded, seed):
+    tokens, n_experts, k = shape
+    layer = make_layer(n_experts, k, renormalize=False, shared=True, seed=seed)
+    layer.mix = Mix(8, kind)
+    for parameter in layer.mix.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(tokens, 8, requires_grad=True)
+    mask = torch.rand(tokens) < 0.7 if padded else None
+    compare(layer, x, mask)
+    if padded:
+        x = x.detach().masked_fill(~mask[:, None], torch.nan)
+        assert layer(x, mask=mask)[0].isfinite().all()
+
+
+def test_the_residual_layer_is_deepspeeds_formula():
+    """coefficient = softmax(W x + b); y = expert's output * c_0 + dense block's * c_1."""
+    torch.manual_seed(0)
+    layer = MoELayer(
+        SwitchRouter(8, 4),
+        Experts(4, 8, 12, activation="relu"),
+        shared=FeedForward(8, 12, activation="relu"),
+        mix=Mix(8, "softmax"),
+    )
+    x = torch.randn(9, 8, requires_grad=True)
+    scores = torch.softmax(x @ layer.router.weight.T, dim=-1)
+    gate, chosen = scores.max(dim=-1)
+    hidden = torch.einsum("td,tfd->tf", x, layer.experts.up[chosen]).relu()
+    routed = torch.einsum("tf,tdf->td", hidden, layer.experts.down[chosen]) * gate[:, None]
+    dense = (x @ layer.shared.up.weight.T).relu() @ layer.shared.down.weight.T
+    shares = torch.softmax(x @ layer.mix.weight.T + layer.mix.bias, dim=-1)
+    expected = routed * shares[:, 0:1] + dense * shares[:, 1:]
+    assert_close(layer(x)[0], expected)
+    leaves = [x, *layer.parameters()]
+    for mine, theirs in zip(gradients(layer(x)[0], *leaves), gradients(expected, *leaves)):
+        assert_close(mine, theirs, floor=0.1)
+
+
+def test_a_mix_without_a_shared_block_or_of_an_unknown_kind_is_refused():
+    layer = make_layer()
+    with pytest.raises(ValueError, match="needs a shared block to mix"):
+        MoELayer(layer.router, layer.experts, mix=Mix(8, "sigmoid"))
+    with pytest.raises(ValueError, match="kind='mean' is neither sigmoid nor softmax"):
+        Mix(8, "mean")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -52,16 +52,20 @@ def grouped(draw):
     st.booleans(),
     st.booleans(),
     st.sampled_from([1.0, 2.5]),
+    st.booleans(),
     st.integers(0, 99),
 )
 def test_top_k_with_all_its_options_is_its_specification(
-    shape, score, renormalize, biased, scale, seed
+    shape, score, renormalize, biased, scale, shifted, seed
 ):
     tokens, n_experts, k, n_groups, groups_kept = shape
     torch.manual_seed(seed)
     options = dict(score=score, renormalize=renormalize, scale=scale)
     options |= dict(n_groups=n_groups, groups_kept=groups_kept)
-    router = TopKRouter(5, n_experts, k, selection_bias=biased, **options)
+    router = TopKRouter(5, n_experts, k, selection_bias=biased, logit_bias=shifted, **options)
+    if shifted:
+        torch.nn.init.normal_(router.logit_bias)
+    offset = router.logit_bias if shifted else 0.0
     if biased:
         router.bias.copy_(torch.randn(n_experts) - 1)  # most biased scores are negative
     mask = torch.rand(tokens) < 0.8
@@ -69,7 +73,13 @@ def test_top_k_with_all_its_options_is_its_specification(
         router,
         torch.randn(tokens, 5),
         lambda x: specification.top_k(
-            x, router.weight, k, bias=router.bias, mask=mask.tolist(), **options
+            x,
+            router.weight,
+            k,
+            bias=router.bias,
+            logit_bias=offset,
+            mask=mask.tolist(),
+            **options,
         ),
         mask,
     )

@@ -10,24 +10,33 @@ import inspect
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from .._files import read_object
 from .._validate import check_sizes
-from ..layer import MoELayer
 from ..config import TransformerConfig
+from ..layer import MoELayer
 from ..model import Transformer, make_mlp
 from ..routers import TopKRouter
-from . import mixtral
+from . import gpt_oss, granite, mixtral, olmoe, qwen2_moe, qwen3
 from .family import Family, Layout, read
 from .folder import weight_files as weight_files
 from .reading import read_into
 from .writing import write_model
 
 # By the model_type of config.json. `save` takes the first family that can hold the model.
-FAMILIES: dict[str, Family] = {"mixtral": mixtral, "mistral": mixtral}
+FAMILIES: dict[str, Family] = {
+    "mixtral": mixtral,
+    "mistral": mixtral,
+    "olmoe": olmoe,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3,
+    "qwen3": qwen3,
+    "granitemoe": granite,
+    "gpt_oss": gpt_oss,
+}
 
 # What `Transformer` lacks, by the model_type of other formats.
 MLA, LINEAR = "multi-head latent attention", "linear attention"
@@ -182,13 +191,11 @@ def layer(
     """
     folder = Path(folder)
     family, config = _described(folder)
-    moe = [str(i) for i in range(config.n_layers) if config.is_moe(i)]
-    if str(number) not in moe:
-        raise ValueError(
-            f"number={number!r} is no block with experts; {folder} has {', '.join(moe)}"
-        )
+    numbers = [i for i in range(config.n_layers) if config.is_moe(i)]
+    if number not in numbers:
+        raise ValueError(f"number={number!r} is no block with experts; these are: {numbers}")
     with torch.device("meta"):
-        module = make_mlp(config, number)
+        module = cast(MoELayer, make_mlp(config, number))
     whole = family.layout(config)
     layout = _block(whole, number, "mlp.", "")
     read_into(module, layout, folder, whole=whole, device=device, dtype=dtype)
@@ -228,37 +235,54 @@ def _block(layout: Layout, number: int, part: str, ours: str) -> Layout:
 def _only(config: TransformerConfig, numbers: range) -> TransformerConfig:
     """A model of some blocks of another, each of the kind that it was."""
     experts = tuple(config.experts_of(number) for number in numbers)
-    windows = tuple(config.windows[number % len(config.windows)] for number in numbers)
-    changes: dict[str, Any] = {"n_layers": len(numbers), "windows": windows, "every": 1}
-    if any(experts):
-        return dataclasses.replace(config, n_experts=experts, **changes)
-    d_ff = config.d_ff if not config.has_experts else config.d_dense or config.k * config.d_ff
-    return dataclasses.replace(config, n_experts=0, d_ff=d_ff, **changes)
+    windows = tuple(config.window_of(number) for number in numbers)
+    part: dict[str, Any] = {"n_layers": len(numbers), "windows": windows, "every": 1}
+    part["n_experts"] = experts if any(experts) else 0
+    if not any(experts):
+        part["d_ff"] = config.dense_features
+    return dataclasses.replace(config, **part)
 
 
 def _written(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
     """The first family whose config.json gives the model back as it was, and that config.json."""
     refusals = []
     for family in dict.fromkeys(FAMILIES.values()):
-        settings = family.write_config(config)
-        before, after = _meaning(config), _meaning(family.read_config(settings))
+        try:
+            settings = family.write_config(config)
+            before, after = _meaning(config), _meaning(family.read_config(settings))
+        except ValueError:  # what it needs, such as a shared expert, the model does not have
+            continue
         # A setting that means nothing to the model read back is lost with another that is named.
         lost = [f"{n}={v!r}" for n, v in before.items() if v != after.get(n, v)]
         if not lost:
             return family, settings
-        refusals.append(f"{', '.join(lost)} has no place in the format of {settings['model_type']}")
-    raise ValueError("; ".join(refusals))
+        refusals.append((lost, settings["model_type"]))
+    least = min(len(lost) for lost, _ in refusals)
+    nearest = [
+        f"{', '.join(lost)} has no place in the format of {kind}"
+        for lost, kind in refusals
+        if len(lost) == least
+    ]
+    raise ValueError("; ".join(nearest))
 
 
 def _meaning(config: TransformerConfig) -> dict[str, Any]:
     """All that decides what a model computes, with defaults filled in."""
-    ignored = {"backend"}
-    if not config.n_experts:
-        ignored |= {"k", "every", "d_dense", "d_shared", "router", "router_options"}
+    numbers = [config.experts_of(layer) for layer in range(config.n_layers)]
+    ignored = {"backend", "every", "d_head"}
+    if not config.has_experts:
+        ignored |= {"k", "d_dense", "d_shared", "shared_mix", "router", "router_options"}
         ignored |= {"capacity_factor", "capacity_options"}
-    fields = vars(config) | {"n_kv_heads": config.kv_heads}
-    if config.every == 1:
-        fields["d_dense"] = None  # there are no dense blocks among the MoE blocks
+    if all(numbers):
+        ignored |= {"d_dense"}  # there are no dense blocks among the MoE blocks
+    fields = vars(config) | {
+        "n_kv_heads": config.kv_heads,
+        "n_experts": numbers[0] if len(set(numbers)) == 1 else tuple(numbers),
+        "d_dense": config.dense_features,
+        "head_features": config.head_features,
+        "windows": tuple(config.window_of(layer) for layer in range(config.n_layers)),
+        "attention_scale": config.attention_scale or config.head_features**-0.5,
+    }
     if math.isinf(config.capacity_factor):
         fields["capacity_options"] = {}
     options = fields.pop("router_options")

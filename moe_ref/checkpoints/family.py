@@ -6,7 +6,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .._validate import check_sizes
 from ..config import TransformerConfig
+from ..rotary import Yarn
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 KINDS |= {dict: "an object"}
@@ -82,12 +84,23 @@ def backbone(config: TransformerConfig) -> Layout:
     for theirs, ours in blocks(config):
         places[f"{theirs}.input_layernorm.weight"] = Place(f"{ours}.attention_norm.weight")
         places[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.mlp_norm.weight")
-        for short, long in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
-            name, place = f"{theirs}.self_attn.{short}_proj", f"{ours}.attention.{long}"
-            places[f"{name}.weight"] = Place(f"{place}.weight")
+        places |= _attention(config, f"{theirs}.self_attn", f"{ours}.attention")
     places["model.norm.weight"] = Place("norm.weight")
     if not config.tied:
         places[HEAD] = Place("head.weight")
+    return places
+
+
+def _attention(config: TransformerConfig, theirs: str, ours: str) -> Layout:
+    places = {}
+    for short, long in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
+        places[f"{theirs}.{short}_proj.weight"] = Place(f"{ours}.{long}.weight")
+        if config.out_bias if short == "o" else config.qkv_bias:
+            places[f"{theirs}.{short}_proj.bias"] = Place(f"{ours}.{long}.bias")
+        if config.qk_norm and short in "qk":
+            places[f"{theirs}.{short}_norm.weight"] = Place(f"{ours}.{long}_norm.weight")
+    if config.sinks:
+        places[f"{theirs}.sinks"] = Place(f"{ours}.sinks")
     return places
 
 
@@ -167,27 +180,65 @@ def refuse_others(settings: Mapping[str, Any], **values: Any) -> None:
 def read_backbone(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `TransformerConfig` that the formats name alike; no feed-forward part."""
     rope = read(settings, "rope_parameters", dict, None) or read(settings, "rope_scaling", dict, {})
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type={rope['rope_type']!r} is not default")
     heads = read(settings, "num_attention_heads", int)
     width = read(settings, "hidden_size", int)
-    head_dim = read(settings, "head_dim", int, None)
-    if head_dim is not None and head_dim * heads != width:
-        raise ValueError(f"head_dim={head_dim} is not hidden_size / num_attention_heads")
+    d_head = read(settings, "head_dim", int, None)
     return {
         "vocab_size": read(settings, "vocab_size", int),
         "d_model": width,
         "n_layers": read(settings, "num_hidden_layers", int),
         "n_heads": heads,
         "n_kv_heads": read(settings, "num_key_value_heads", int, None),
+        "d_head": None if d_head is None or d_head * heads == width else d_head,
+        "windows": _read_windows(settings),
         "tied": read(settings, "tie_word_embeddings", bool, False),
         "rope_theta": read(rope, "rope_theta", float, read(settings, "rope_theta", float, 1e4)),
+        "yarn": _read_yarn(rope),
         "norm_eps": read(settings, "rms_norm_eps", float),
     }
 
 
+def _read_yarn(rope: Mapping[str, Any]) -> Yarn | None:
+    kind = read(rope, "rope_type", str, read(rope, "type", str, "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ValueError(f"rope_type={kind!r} is neither default nor yarn")
+    refuse_others(rope, mscale=None, mscale_all_dim=None)
+    return Yarn(
+        factor=read(rope, "factor", float),
+        original_length=read(rope, "original_max_position_embeddings", int),
+        beta_fast=read(rope, "beta_fast", float, 32.0),
+        beta_slow=read(rope, "beta_slow", float, 1.0),
+        truncate=read(rope, "truncate", bool, True),
+        attention_factor=read(rope, "attention_factor", float, None),
+    )
+
+
+def _read_windows(settings: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """The window of each block; a setting may be there and switched off."""
+    window = read(settings, "sliding_window", int, None)
+    if window is None or not read(settings, "use_sliding_window", bool, True):
+        return (None,)
+    kinds = settings.get("layer_types")
+    if kinds is None:
+        if "use_sliding_window" in settings:
+            raise ValueError("use_sliding_window=True needs layer_types, which is missing")
+        return (window,)
+    known = {"sliding_attention": window, "full_attention": None}
+    if not isinstance(kinds, list) or not set(kinds) <= known.keys():
+        raise ValueError(f"layer_types={kinds!r} must be a list of {' and '.join(known)}")
+    return tuple(known[kind] for kind in kinds)
+
+
 def write_backbone(config: TransformerConfig, model_type: str, architecture: str) -> dict[str, Any]:
     """The settings that the formats name alike; no feed-forward part."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    length = 32768
+    if config.yarn is not None:
+        rope |= {"rope_type": "yarn"} | vars(config.yarn)
+        rope["original_max_position_embeddings"] = rope.pop("original_length")
+        length = int(config.yarn.factor * config.yarn.original_length)
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -198,12 +249,71 @@ def write_backbone(config: TransformerConfig, model_type: str, architecture: str
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_features,
         "hidden_act": "silu",
-        "max_position_embeddings": 32768,
+        "max_position_embeddings": length,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope,
         "tie_word_embeddings": config.tied,
         "bos_token_id": None,
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
+
+
+def write_windows(config: TransformerConfig) -> dict[str, Any]:
+    """The settings of formats in which each block has a window or has none."""
+    windows = [config.window_of(layer) for layer in range(config.n_layers)]
+    widest = max((window for window in windows if window is not None), default=None)
+    return {
+        "sliding_window": widest,
+        "use_sliding_window": widest is not None,
+        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows],
+    }
+
+
+def read_sparse(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Which blocks have experts, where some may be dense, and how wide both kinds are.
+
+    Released files say num_experts; transformers saves some of them with num_local_experts.
+    """
+    n_layers = read(settings, "num_hidden_layers", int)
+    every = read(settings, "decoder_sparse_step", int, 1)
+    dense = settings.get("mlp_only_layers") or []
+    name = "num_local_experts" if "num_local_experts" in settings else "num_experts"
+    number = read(settings, name, int)
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ValueError(f"mlp_only_layers={dense!r} must be a list of whole numbers")
+    check_sizes(decoder_sparse_step=every)
+    moe = [(i + 1) % every == 0 and i not in dense for i in range(n_layers)]
+    return {
+        "n_experts": tuple(number * is_moe for is_moe in moe) if not all(moe) else number,
+        "d_ff": read(settings, "moe_intermediate_size", int),
+        "d_dense": read(settings, "intermediate_size", int),
+        "k": read(settings, "num_experts_per_tok", int),
+    }
+
+
+def write_sparse(config: TransformerConfig) -> dict[str, Any]:
+    """The same, the other way round."""
+    numbers = [config.experts_of(layer) for layer in range(config.n_layers)]
+    return {
+        "num_experts": max(numbers),
+        "moe_intermediate_size": config.d_ff,
+        "intermediate_size": config.dense_features,
+        "num_experts_per_tok": config.k,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, number in enumerate(numbers) if not number],
+    }
+
+
+def sparse(config: TransformerConfig) -> Layout:
+    """The places of routers and experts, and of dense blocks, named as in Qwen's formats."""
+    places: Layout = {}
+    for layer, (theirs, ours) in enumerate(blocks(config)):
+        theirs, ours, number = f"{theirs}.mlp", f"{ours}.mlp", config.experts_of(layer)
+        if not number:
+            places |= gated(theirs, ours, config.dense_features)
+            continue
+        places[f"{theirs}.gate.weight"] = Place(f"{ours}.router.weight")
+        places |= gated(f"{theirs}.experts", f"{ours}.experts", config.d_ff, experts=number)
+    return places

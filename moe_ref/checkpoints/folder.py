@@ -101,10 +101,10 @@ def weight_files(folder: Path, wanted: set[str] | None = None) -> list[Path]:
             raise FileNotFoundError(_no_weights(folder))
         return shards
     names = {file for tensor, file in index.items() if wanted is None or tensor in wanted}
-    missing = [str(folder / name) for name in sorted(names) if not (folder / name).exists()]
+    missing = [name for name in sorted(names) if not (folder / name).exists()]
     if missing:
         verb = "does not exist" if len(missing) == 1 else "do not exist"
-        raise FileNotFoundError(f"{', '.join(missing)} {verb}, but {folder / INDEX} names it")
+        raise FileNotFoundError(f"{folder}: {', '.join(missing)} {verb}; see {INDEX}")
     return [folder / name for name in sorted(names)]
 
 

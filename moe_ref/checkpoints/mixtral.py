@@ -1,7 +1,7 @@
-"""Mixtral, and Mistral, its dense twin: the mathematics of `Transformer` is theirs.
+"""Mixtral, and Mistral, its dense twin.
 
-Source: Jiang et al. 2024 (2401.04088); the names are those of transformers' `MixtralForCausalLM`
-and `MistralForCausalLM`.
+Source: Jiang et al. 2024 (2401.04088) and 2023 (2310.06825); the names are those of transformers'
+`MixtralForCausalLM` and `MistralForCausalLM`.
 """
 
 from collections.abc import Mapping
@@ -24,20 +24,20 @@ from .family import (
 def layout(config: TransformerConfig) -> Layout:
     """The place of each tensor of a file, by its name."""
     places, names = backbone(config), ("w1", "w3", "w2")
-    for theirs, ours in blocks(config):
-        if not config.n_experts:
-            places |= gated(f"{theirs}.mlp", f"{ours}.mlp", config.d_ff)
+    for layer, (theirs, ours) in enumerate(blocks(config)):
+        if not config.is_moe(layer):
+            places |= gated(f"{theirs}.mlp", f"{ours}.mlp", config.dense_features)
             continue
         moe, mlp = f"{theirs}.block_sparse_moe", f"{ours}.mlp"
         places[f"{moe}.gate.weight"] = Place(f"{mlp}.router.weight")
-        experts, count = (f"{moe}.experts", f"{mlp}.experts"), config.experts_of(0)
+        experts, count = (f"{moe}.experts", f"{mlp}.experts"), config.experts_of(layer)
         places |= gated(*experts, config.d_ff, experts=count, names=names)
     return places
 
 
 def read_config(settings: Mapping[str, Any]) -> TransformerConfig:
     """The model that a config.json describes; ValueError if `Transformer` can't be it."""
-    refuse_others(settings, hidden_act="silu", sliding_window=None)
+    refuse_others(settings, hidden_act="silu")
     moe = settings["model_type"] == "mixtral"
     return TransformerConfig(
         **read_backbone(settings),
@@ -49,11 +49,9 @@ def read_config(settings: Mapping[str, Any]) -> TransformerConfig:
 
 def write_config(config: TransformerConfig) -> dict[str, Any]:
     """The config.json of a model."""
-    kind = (
-        ("mixtral", "MixtralForCausalLM") if config.n_experts else ("mistral", "MistralForCausalLM")
-    )
-    settings = write_backbone(config, *kind)
-    settings |= {"intermediate_size": config.d_ff, "sliding_window": None}
-    if config.n_experts:
-        settings |= {"num_local_experts": config.n_experts, "num_experts_per_tok": config.k}
+    kind, name = ("mixtral", "Mixtral") if config.has_experts else ("mistral", "Mistral")
+    settings = write_backbone(config, kind, f"{name}ForCausalLM")
+    settings |= {"intermediate_size": config.d_ff, "sliding_window": config.window_of(0)}
+    if config.has_experts:
+        settings |= {"num_local_experts": config.experts_of(0), "num_experts_per_tok": config.k}
     return settings

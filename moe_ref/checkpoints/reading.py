@@ -17,7 +17,7 @@ from .folder import Entry, Survey, survey
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 16 << 20  # bytes read at a time, so that a conversion needs no copy of a large tensor
-MAPPED = 64 << 20  # bytes read, at least, before files are opened anew
+MAPPED = 32 << 20  # bytes read, at least, before files are opened anew
 LISTED = 50  # faults that one message names
 
 

@@ -67,13 +67,14 @@ def ffn(activation: str = "swiglu") -> None:
     """The feed-forward block: two matrices around an activation, or three with a gate.
 
     Args:
-        activation: "relu", "gelu" or "silu"; with a gate "swiglu" or "geglu".
+        activation: "relu", "gelu" or "silu"; with a gate "swiglu", "geglu" or
+            "clipped_swiglu".
 
     Raises:
         ValueError: if the activation is unknown.
     """
     check_choice("activation", activation, ACTIVATIONS)
-    acts = {"swiglu": "SiLU", "geglu": "GELU"}
+    acts = {"swiglu": "SiLU", "geglu": "GELU", "clipped_swiglu": "clipped SiLU"}
     acts |= {"silu": "SiLU", "gelu": "GELU", "relu": "ReLU"}
     (_gated if ACTIVATIONS[activation][0] else _ungated)(acts[activation])
 
