@@ -9,6 +9,7 @@ that the prediction says is the largest.
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -57,8 +58,6 @@ def runs(
 
 def layer_parts(config: TransformerConfig) -> list[cost.Part]:
     """The parts of one MoE layer."""
-    from dataclasses import replace
-
     inside = [part for part in cost.parts(config) if part.name in ("router", "experts")]
     return [replace(part, places=1) for part in inside]
 

@@ -1,10 +1,11 @@
-"""The benchmark of training runs on the models of today; what it measures is not tested."""
+"""The benchmarks run on the models of today; what they measure is not tested."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "training.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPT = BENCHMARKS / "training.py"
 
 
 def test_the_benchmark_of_training_prints_a_row_for_each_model_and_peer():
@@ -14,3 +15,13 @@ def test_the_benchmark_of_training_prints_a_row_for_each_model_and_peer():
     rows = [line.split(" | ")[0] for line in run.stdout.splitlines() if line.startswith("| ")]
     models = ["| moe", "| dense", "| transformers, eager", "| transformers, grouped_mm"]
     assert rows == ["| step of", *models]
+
+
+def test_the_benchmark_of_cost_prints_what_it_predicts_beside_what_it_measures():
+    options = ["--size", "tiny", "--batch", "2", "--prompt", "4"]
+    command = [sys.executable, BENCHMARKS / "cost.py", *options]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split(" | ")[:3] for line in run.stdout.splitlines() if line.startswith("| tiny")]
+    assert rows == [["| tiny", "2", of] for of in ("layer", "prefill", "decode")]
+    assert "worst ratio" in run.stdout

@@ -1,8 +1,8 @@
 """What a model costs: parameters, FLOPs, bytes, time and money, of a configuration on a machine.
 
-    cost.parameters(config)                               # total and active
-    cost.time(config, MACHINES["h100"], batch=32, context=4096)   # a decode step, and what binds it
-    cost.verdict(dense, moe, MACHINES["h100"], batch=32)  # which of the two, and why
+cost.parameters(config)                               # total and active
+cost.time(config, MACHINES["h100"], batch=32, context=4096)   # a decode step, and what binds it
+cost.verdict(dense, moe, MACHINES["h100"], batch=32)  # which of the two, and why
 """
 
 from .counting import (

@@ -1,6 +1,6 @@
 """What a model is made of, and what follows by counting: parameters, FLOPs, bytes.
 
-    parts(config) -> Part, Part, ...   # everything else is a sum over these
+parts(config) -> Part, Part, ...   # everything else is a sum over these
 """
 
 import math
@@ -37,7 +37,7 @@ class Part:
         cached: numbers kept for each token in one place, its keys and values.
         mixing: FLOPs for each token and each key that it sees, in one place.
         window: keys that a token sees at most; None: all before it, and its own.
-        width: features of the rows that travel where the part is split over machines.
+        width: features of its rows, which travel where it is split over machines.
 
     Raises:
         ValueError: if a count is below 0, or k is not from 1 to n_experts.
@@ -76,6 +76,11 @@ class Part:
         return 2 * self.weights if self.flops is None else self.flops
 
     @property
+    def numbers(self) -> float:
+        """Numbers of a token that come out of the products of one copy, or go through it."""
+        return self.width + (self.products / (2 * self.width) if self.width else 0)
+
+    @property
     def reads(self) -> int:
         """Weights that a pass reads in one copy."""
         return self.weights if self.read is None else self.read
@@ -111,10 +116,10 @@ def parts(model: Any) -> tuple[Part, ...]:
     for layer in range(c.n_layers):
         layers.update([_attention(c, layer), norm, norm, *_feed_forward(c, layer)])
     layers.update([norm])
-    found = [replace(part, places=places) for part, places in layers.items()]
+    inside = [replace(part, places=places) for part, places in layers.items()]
     matrix = c.vocab_size * c.d_model
     head = Part("head", 0 if c.tied else matrix, flops=2 * matrix, read=matrix, width=c.d_model)
-    return (embedding, *found, head)
+    return (embedding, *inside, head)
 
 
 def _attention(c: Any, layer: int) -> Part:

@@ -8,6 +8,9 @@ from .counting import LAYOUTS, Memory, Part, memory, parameters, parts
 from .machine import Machine
 from .timing import Time, time
 
+WORDS = {"compute": "multiplying", "memory": "reading weights and cache"}
+WORDS |= {"exchange": "sending rows", "overhead": "starting kernels"}
+
 
 @dataclass(frozen=True)
 class Side:
@@ -100,10 +103,11 @@ def verdict(
     Example:
         >>> moe = TransformerConfig(32_000, 4096, 32, 32, 14_336, n_kv_heads=8, n_experts=8, k=2)
         >>> dense = TransformerConfig(32_000, 4096, 32, 32, 14_336, n_kv_heads=8)
-        >>> print(verdict(dense, moe, MACHINES["h200"], batch=256))
-        ...
         >>> print(verdict(dense, moe, MACHINES["h100"]))
-        ...
+        dense: the MoE needs 93.5 GB, more than 80 GB (H100 SXM)
+        >>> found = verdict(dense, moe, MACHINES["h200"])
+        >>> found.reason.partition(' of the same')[0]
+        'MoE: a decode step costs 0.60 of that of a dense model'
     """
     counted = parameters(moe)
     worth = math.sqrt(counted.total * counted.active) if worth is None else worth
@@ -166,23 +170,24 @@ def explain(
 ) -> str:
     """The verdict in a sentence."""
     dense, moe, matched = (sides[name] for name in ("dense", "moe", "matched"))
-    room = f"{machine.memory / 1e9:.0f} GB of {machine.name}"
-    needs = f"{{}} needs {{:.1f}} GB of the {room}{'' if machines == 1 else ' on each machine'}"
-    if winner == "neither":
-        told = [needs.format("the dense model", dense.memory.total / 1e9)]
-        return "; ".join([*told, needs.format("the MoE", moe.memory.total / 1e9)])
-    if not moe.fits:
-        return f"dense: {needs.format('the MoE', moe.memory.total / 1e9)}"
+
+    def needs(what: str, side: Side) -> str:
+        each = "" if machines == 1 else " on each machine"
+        room = f"{machine.memory / 1e9:.0f} GB ({machine.name})"
+        return f"{what} needs {side.memory.total / 1e9:.1f} GB{each}, more than {room}"
+
     equal = f"a dense model of the same quality ({worth / 1e9:.3g}B parameters)"
+    if winner == "neither":
+        return f"neither: {needs('the dense model', dense)}; {needs('the MoE', moe)}"
+    if not moe.fits:
+        return f"dense: {needs('the MoE', moe)}"
     if not matched.fits:
-        return f"MoE: {needs.format(equal, matched.memory.total / 1e9)}"
-    ratio = matched.step.total / moe.step.total
-    first, second = ("a token of the MoE", f"one of {equal}")
-    if winner == "dense":
-        first, second, ratio = f"a token of {equal}", "one of the MoE", 1 / ratio
-    binding = (moe if winner == "moe" else matched).step.binds
-    return (
-        f"{'MoE' if winner == 'moe' else 'dense'}: {first} costs 1/{ratio:.2f} of {second}, in"
-        f" {moe.memory.total / matched.memory.total:.1f} times the memory for the MoE; its time is"
-        f" mostly {binding}"
-    )
+        return f"MoE: {needs(equal, matched)}"
+    ratio, room = moe.step.total / matched.step.total, moe.memory.total / matched.memory.total
+    mostly = WORDS[(moe if winner == "moe" else matched).step.binds]
+    if winner == "moe":
+        told = f"MoE: a decode step costs {ratio:.2f} of that of {equal}, in {room:.1f} times its"
+    else:
+        told = f"dense: a decode step of {equal} costs {1 / ratio:.2f} of the MoE's, in"
+        told += f" {1 / room:.1f} times its"
+    return f"{told} memory; it is mostly {mostly}"

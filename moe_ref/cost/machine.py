@@ -20,6 +20,7 @@ class Machine:
         name: what to call it.
         flops: FLOP/s of dense matrix products, by dtype; no factor for sparsity.
         bandwidth: bytes/s of reading memory.
+        row_bandwidth: the same where each product has one row; None: no other.
         memory: bytes that it holds.
         compute_share, memory_share: shares of the two rates that kernels reach; 1 where the rates
             were measured.
@@ -27,6 +28,7 @@ class Machine:
         cache_bandwidth: bytes/s at which a pass reads if all it reads fits there.
         overhead: seconds that a part takes in each place, whatever its size, by its name;
             "expert" is for each expert that is touched, beside "experts" for all.
+        elementwise: seconds for each of `Part.numbers` and each token; "expert" for each row.
         link_bandwidth: bytes/s that leave a device for the others; 0: it has no link.
         link_latency: seconds until the first byte is there.
         price: dollars for an hour of one device; None: unknown.
@@ -45,11 +47,13 @@ class Machine:
     flops: Mapping[str, float]
     bandwidth: float
     memory: float
+    row_bandwidth: float | None = None
     compute_share: float = 1.0
     memory_share: float = 1.0
     cache: float = 0.0
     cache_bandwidth: float = 0.0
     overhead: Mapping[str, float] = field(default_factory=dict)
+    elementwise: Mapping[str, float] = field(default_factory=dict)
     link_bandwidth: float = 0.0
     link_latency: float = 0.0
     price: float | None = None
@@ -69,25 +73,23 @@ class Machine:
         check_choice("dtype", dtype, self.flops)
         return self.flops[dtype] * self.compute_share
 
-    def read_rate(self, nbytes: float) -> float:
-        """Bytes/s at which a pass reads that reads so many bytes."""
-        cached = nbytes <= self.cache
-        return (self.cache_bandwidth if cached else self.bandwidth) * self.memory_share
+    def read_rate(self, nbytes: float, rows: float = 1.0) -> float:
+        """Bytes/s of weights in a pass that reads so many, in products of so many rows."""
+        if nbytes <= self.cache:
+            return self.cache_bandwidth * self.memory_share
+        alone = 1 - min(math.log(max(rows, 1.0)) / math.log(measuring.SEVERAL), 1.0)
+        gain = (self.row_bandwidth or self.bandwidth) / self.bandwidth
+        return self.bandwidth * gain**alone * self.memory_share
 
     @classmethod
     def measured(cls, device: str = "cpu") -> "Machine":
         """The machine at hand, measured in a few seconds with the threads that torch has now.
 
-        Rates are those of products: large ones for `flops`, of a single row for the bandwidth. The
-        overheads are the times of the smallest parts of this library.
+        Rates are those of products: large ones for `flops`, float32 of few rows for the bandwidth.
+        Overheads are the times of this library's parts, as small as they can be.
 
         Args:
             device: of torch, "cpu" or "cuda".
-
-        Example:
-            >>> machine = Machine.measured()  # doctest: +SKIP
-            >>> machine.name, machine.compute_share  # doctest: +SKIP
-            ('cpu, 2 threads', 1.0)
         """
         return cls(**measuring.measure(device))
 

@@ -4,120 +4,159 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ..attention import Attention, prepare
+from ..attention import Attention, attend, prepare
+from ..config import TransformerConfig
+from ..dispatch import sorted_rows
 from ..experts import Experts
-from ..ffn import FeedForward
+from ..ffn import FeedForward, activate
 from ..kernels import cpu
 from ..kv_cache import ContiguousCache
 from ..layer import MoELayer
+from ..rotary import rotate
 from ..routers import TopKRouter
 
 DTYPES = (torch.float32, torch.bfloat16)
-CACHES = (64, 32, 16, 8, 4, 2)  # MiB of weights that may stay in a cache
-TINY = 16  # features of parts so small that all their time is overhead
+CACHES = (4, 8, 16, 32, 64)  # MiB of weights that may stay in a cache
+BEYOND = 192  # MiB that no cache holds
+SEVERAL = 4  # rows from which on reading weights takes no longer; one row alone is faster
 
 
 @torch.no_grad()
 def measure(device: str) -> dict[str, Any]:
     """The fields of a `Machine` that can be measured on one device."""
-    cuda = device.startswith("cuda")
-    speeds = {size: read_rate(size, device) for size in (256, *CACHES)}
-    best, memory = max(speeds.values()), speeds[256]
-    cached = [size for size in CACHES if speeds[size] ** 2 > best * memory]
-    if cuda:
+    if device.startswith("cuda"):
         name, size = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
     else:
         name = f"cpu, {torch.get_num_threads()} threads"
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    flops = {str(t).removeprefix("torch."): product_rate(t, device) for t in DTYPES}
+    peak = flops["float32"]
+    speeds = {n: read_rate(n, SEVERAL, peak, device) for n in (*CACHES, BEYOND)}
+    middle = (max(speeds.values()) * speeds[BEYOND]) ** 0.5
+    cached = [n for n in CACHES if speeds[n] > middle]
     return {
         "name": name,
-        "flops": {str(t).removeprefix("torch."): product_rate(t, device) for t in DTYPES},
-        "bandwidth": memory,
+        "flops": flops,
+        "bandwidth": speeds[BEYOND],
+        "row_bandwidth": read_rate(BEYOND, 1, peak, device),
         "memory": size,
         "cache": max(cached, default=0) * 2**20,
-        "cache_bandwidth": best,
+        "cache_bandwidth": statistics.median(speeds[n] for n in cached) if cached else 0.0,
         "overhead": overheads(device),
+        "elementwise": elementwise(device),
         "source": "measured",
     }
 
 
-def seconds(run: Callable[[], object], device: str, budget: float = 0.15) -> float:
-    """Median time of a call, of at least 5."""
+def seconds(run: Callable[[], object], device: str, budget: float = 0.1) -> float:
+    """Time of a call that nothing else on the machine delays: the fastest quarter of 8 or more."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     run()
     wait()
-    taken, end = [], time.perf_counter() + budget
-    while len(taken) < 5 or time.perf_counter() < end:
+    taken: list[float] = []
+    end = time.perf_counter() + budget
+    while len(taken) < 8 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         wait()
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return statistics.quantiles(taken, n=4)[0]
 
 
 def product_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large product."""
-    n = 8192 if device.startswith("cuda") else 1024
+    n = 8192 if device.startswith("cuda") else 768
     a, b = torch.randn(2, n, n, dtype=dtype, device=device)
     return 2 * n**3 / seconds(lambda: a @ b, device, 0.3)
 
 
-def read_rate(mebibytes: int, device: str) -> float:
-    """Bytes/s at which one row after the other is multiplied by weights of so many MiB."""
-    d = 512  # a matrix of 1 MiB
-    weights = torch.ones(mebibytes, d, d, device=device)
-    row = torch.ones(1, d, device=device)
+def read_rate(mebibytes: int, rows: int, peak: float, device: str) -> float:
+    """Bytes/s of weights in products of few rows, multiplying itself left out."""
+    d = 1024  # a matrix of 4 MiB
+    weights, x = torch.ones(mebibytes // 4, d, d, device=device), torch.ones(rows, d, device=device)
 
     def read() -> None:
         for weight in weights:
-            cpu.linear(row, weight, None)
+            cpu.linear(x, weight, None)
 
-    single = seconds(lambda: cpu.linear(row[:, :TINY], weights[0, :TINY, :TINY], None), device)
-    return weights.nbytes / max(seconds(read, device, 0.1) - mebibytes * single, 1e-9)
+    each = seconds(read, device) / len(weights) - 2 * rows * d * d / peak
+    return weights[0].nbytes / max(each, 1e-6)
 
 
 def overheads(device: str) -> dict[str, float]:
-    """Seconds that each part of this library takes for one token if it is as small as can be."""
-    d, vocab = TINY, 64
-    config = SimpleNamespace(n_layers=1, kv_heads=2, head_features=d // 2, rope_theta=1e4)
-    tokens, x = torch.zeros(1, 1, dtype=torch.long, device=device), torch.randn(1, 1, d)
-    x = x.to(device)
-    cache = ContiguousCache(config, 1, 64, device=device)
-    table, head = torch.randn(vocab, d, device=device), nn.Linear(d, vocab, device=device)
-    norm, block = nn.RMSNorm(d).to(device), FeedForward(d, d).to(device)
-    attention = Attention(d, 2, 2).to(device)
+    """Seconds of each part of this library for one token, so small that its work is nothing."""
+    d = 16
+    config = TransformerConfig(64, d, 1, 2, d)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    x, table = torch.randn(1, 1, d, device=device), torch.randn(64, d, device=device)
+    cache: Any = ContiguousCache(config, 1, 64, device=device)
+    norm, head = nn.RMSNorm(d).to(device), nn.Linear(d, 64, device=device)
+    attention, block = Attention(d, 2, 2).to(device), FeedForward(d, d).to(device)
+    experts = Experts(8, d, d)
+    layers = [MoELayer(TopKRouter(d, 8, k), experts).to(device) for k in (1, 4)]
 
     def begin() -> Any:
         cache.lengths = torch.full((1,), 32)
-        return int(tokens.min()), F.embedding(tokens, table), prepare(config, x, cache=cache)
+        return int(ids.min()), F.embedding(ids, table), prepare(config, x, cache=cache)
+
+    def clock(run: Callable[[], object]) -> float:
+        return seconds(run, device)
 
     step = begin()[-1]
-    first, fourth = (
-        seconds(lambda layer=layer: layer(x), device)  # type: ignore[misc]
-        for layer in (moe_layer(1, device), moe_layer(4, device))
-    )
-    router = seconds(lambda: moe.router(x[0]), device) if (moe := moe_layer(1, device)) else 0.0
-    expert = (fourth - first) / 3
-    return {
-        "embedding": seconds(begin, device),
-        "norm": seconds(lambda: x + norm(x), device),
-        "attention": seconds(lambda: attention(x, step), device),
-        "dense": seconds(lambda: block(x), device),
-        "shared": seconds(lambda: x + block(x), device),
+    one, four = (clock(partial(layer, x)) for layer in layers)  # experts that the token visits
+    router, expert = clock(lambda: layers[0].router(x[:, 0])), (four - one) / 3
+    alone = {
+        "embedding": clock(begin),
+        "norm": clock(lambda: x + norm(x)),
+        "attention": clock(lambda: attention(x, step)),
+        "dense": clock(lambda: block(x)),
+        "shared": clock(lambda: x + block(x)),
         "router": router,
-        "experts": first - router - expert,
+        "experts": one - router - expert,
         "expert": expert,
-        "head": seconds(lambda: head(x), device),
+        "head": clock(lambda: head(x)),
     }
 
+    def together() -> Any:
+        y = x + attention(norm(x), begin()[-1])
+        return head(norm(y + layers[0](norm(y))[0]) + block(y))
 
-def moe_layer(k: int, device: str) -> MoELayer:
-    """The smallest layer whose tokens visit k experts."""
-    return MoELayer(TopKRouter(TINY, 8, k), Experts(8, TINY, TINY)).to(device)
+    # A part takes longer after others than again and again: its code has left the caches. That
+    # is not so for experts, which come one after the other.
+    several = sum(alone.values()) - alone["shared"] + 2 * alone["norm"]
+    cold = max(clock(together) / several, 1.0)
+    return {name: taken * (1 if name == "expert" else cold) for name, taken in alone.items()}
+
+
+def elementwise(device: str) -> dict[str, float]:
+    """Seconds for each of `Part.numbers` and each token of what a part does beside products."""
+    batch, seq, d, heads, k = 16, 16, 256, 4, 2
+    tokens, x = batch * seq, torch.randn(batch * seq, d, device=device)
+    norm, router = nn.RMSNorm(d).to(device), TopKRouter(d, 8, k).to(device)
+    routing, hidden = router(x), torch.randn(tokens, 4 * d, device=device)
+    q = torch.randn(batch, heads, seq, d // heads, device=device)
+    cos = sin = torch.ones(1, 1, seq, d // heads // 2, device=device)
+
+    def mix() -> Tensor:
+        return attend(rotate(q, cos, sin), rotate(q, cos, sin), q).transpose(1, 2).flatten(2)
+
+    def clock(run: Callable[[], object]) -> float:
+        return seconds(run, device) / (tokens * d)
+
+    activated = clock(lambda: activate(hidden, "swiglu")) / 7  # a block of 2 * d has 7 * d numbers
+    moved = clock(lambda: sorted_rows(x, routing, lambda rows, counts: rows)) / k / 7
+    return {
+        "norm": clock(lambda: x + norm(x)),
+        "attention": clock(mix) / 5,
+        "router": clock(lambda: router(x)),
+        "dense": activated,
+        "shared": activated,
+        "expert": activated + moved,
+    }

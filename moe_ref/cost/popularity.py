@@ -19,7 +19,8 @@ def touched(
 
     A token visits k distinct experts. If expert i has the share p_i of all assignments, a token
     visits it with chance k * p_i exactly, and touched = sum over i of 1 - (1 - k * p_i)^tokens.
-    Tokens of real text resemble each other and touch fewer.
+    Tokens of real text resemble each other and touch fewer: a `Routing` that was measured touched
+    (routing.counts > 0).sum().
 
     Args:
         n_experts: experts of a layer.
@@ -89,7 +90,7 @@ def shares_drawn(
     if k > (positive := int((rates > 0).sum())):
         raise ValueError(f"k={k} is more than the {positive} weights above 0")
     if k == positive:
-        return (rates > 0) / k
+        return (rates > 0).double() / k
     rates = rates / rates.sum()
     # Times on a grid that is even in their logarithm, from where no clock has rung to where all
     # have: there the trapezoid rule is exact to rounding.
