@@ -21,9 +21,11 @@ _LACKING = {
 }
 
 # Fields of a model that are those of its configuration, whatever its size.
-_SAME = ("k", "shared_mix", "router", "bias", "qk_norm", "qkv_bias", "out_bias", "sinks", "windows")
-_SAME += ("rope_theta", "yarn", "tied", "norm_eps", "embedding_scale", "residual_scale")
-_SAME += ("logits_scale",)
+_SAME = (
+    *("k", "shared_mix", "router", "bias", "qk_norm", "qkv_bias", "out_bias", "sinks", "windows"),
+    *("rope_theta", "yarn", "tied", "norm_eps", "embedding_scale", "residual_scale"),
+    "logits_divisor",
+)
 _TOP_K = {"score": "softmax", "renormalize": True, "scale": 1.0, "n_groups": 1, "groups_kept": 1}
 _TOP_K |= {"selection_bias": False, "logit_bias": False}
 _LEAST_VOCABULARY, _LEAST_EXPERTS, _LEAST_RHYTHMS, _LEAST_HEAD, _LEAST_WIDTH = 256, 256, 3, 8, 16

@@ -71,7 +71,7 @@ class Model:
         norm, norm_bias, norm_eps, norms_per_block: "rms" or "layer", and how many.
         positions: learned positions.
         tied, head_bias: the head.
-        embedding_scale, residual_scale, logits_scale: factors.
+        embedding_scale, residual_scale, logits_divisor: factors.
         other_lacks: what `Transformer` lacks and no field above says.
         note: what to know about the figures.
         sources: of each field that has a value of its own.
@@ -145,7 +145,7 @@ class Model:
     head_bias: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    logits_scale: float = 1.0
+    logits_divisor: float = 1.0
     other_lacks: tuple[str, ...] = ()
     note: str = ""
     sources: Mapping[str, Source] = field(default_factory=dict, repr=False)

@@ -12,7 +12,11 @@ from ..rotary import Yarn
 from .model import Model, Source
 
 KINDS = ("configuration", "paper", "secondary")
-_BOOL = {"yes": True, "no": False}
+Reader = Callable[[str], Any]
+
+
+def _yes(text: str) -> bool:
+    return {"yes": True, "no": False}[text]
 
 
 def read(path: Path) -> dict[str, Model]:
@@ -64,7 +68,7 @@ def _windows(text: str) -> tuple[int | None, ...]:
 def _yarn(text: str) -> Yarn:
     """Its arguments: "factor=32 original_length=4096 truncate=no"."""
     given = dict(pair.split("=") for pair in text.split())
-    read_each = {"original_length": int, "truncate": _BOOL.__getitem__}
+    read_each: dict[str, Reader] = {"original_length": int, "truncate": _yes}
     return Yarn(**{name: read_each.get(name, float)(value) for name, value in given.items()})
 
 
@@ -72,14 +76,14 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(text.split("; "))
 
 
-_BY_NAME: dict[str, Callable[[str], Any]] = {
+_BY_NAME: dict[str, Reader] = {
     "experts": _blocks,
     "windows": _windows,
     "yarn": _yarn,
     "other_lacks": _list,
 }
-_BY_TYPE = {int: int, float: float, bool: _BOOL.__getitem__, str: str}
+_BY_TYPE: dict[Any, Reader] = {int: int, float: float, bool: _yes, str: str}
 _BY_TYPE |= {int | None: int, float | None: float, str | None: str}
 _FIELDS = [f for f in dataclasses.fields(Model) if f.name not in ("name", "sources")]
-_READERS = {f.name: _BY_NAME.get(f.name) or _BY_TYPE[f.type] for f in _FIELDS}  # type: ignore[index]
+_READERS = {f.name: _BY_NAME.get(f.name) or _BY_TYPE[f.type] for f in _FIELDS}
 _REQUIRED = {f.name for f in _FIELDS if f.default is dataclasses.MISSING}

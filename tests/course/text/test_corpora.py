@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_ref import Transformer, TransformerConfig
-from moe_ref.course import corpora
 from moe_ref import _data as data
-from moe_ref.course.text import sources
+from moe_ref.course import corpora
 from moe_ref.course.text import incidents as incidents_module
+from moe_ref.course.text import sources
 
 SMALL = ("french", "russian", "japanese", "chinese")
 
