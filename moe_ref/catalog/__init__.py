@@ -29,8 +29,8 @@ def table() -> Any:
         ModuleNotFoundError: without pandas.
 
     Example:
-        >>> table().loc["mixtral-8x7b", ["total", "active", "experts", "k"]].to_dict()
-        {'total': 46.7, 'active': 12.88, 'experts': 8, 'k': 2}
+        >>> table().loc["mixtral-8x7b", ["total", "said_total", "active", "share"]].to_dict()
+        {'total': 46.7, 'said_total': 46.7, 'active': 12.88, 'share': 0.2758}
     """
     try:
         import pandas

@@ -56,7 +56,7 @@ class Model:
         full_every: the last of so many blocks has grouped attention, whatever the others have.
         q_rank, kv_rank, d_rope, d_value: latent attention: ranks, 0 for none, features of a head
             that are rotated (d_head are not), and of a value.
-        index_heads, d_index: heads that choose the keys which latent attention sees; 0: it sees all.
+        index_heads, d_index: heads that choose what latent attention sees; 0: it sees all keys.
         linear_key_heads, linear_value_heads, d_linear, convolution: heads of a delta rule, their
             features, and the tokens that its convolution spans.
         attention_gate: whether the heads' output has a learned gate of the same size.
@@ -77,6 +77,7 @@ class Model:
         sources: of each field that has a value of its own.
 
     Example:
+        >>> from moe_ref.catalog import MODELS
         >>> model = MODELS["mixtral-8x7b"]
         >>> f"{model.total / 1e9:.2f}B, {model.active / 1e9:.2f}B active"
         '46.70B, 12.88B active'
@@ -192,6 +193,7 @@ class Model:
         Of an encoder and a decoder a token is counted to pass through both.
 
         Example:
+            >>> from moe_ref.catalog import MODELS
             >>> [(part.name, part.places) for part in MODELS["deepseek-v3"].parts()][:3]
             [('embedding', 1), ('attention', 61), ('norm', 123)]
         """
@@ -211,9 +213,10 @@ class Model:
             ValueError: if shrink is below 1, or exact and something is lacking: it says what.
 
         Example:
+            >>> from moe_ref.catalog import MODELS
             >>> small = MODELS["glam-64b-64e"].config(shrink=100, exact=False)
             >>> small.d_model, small.n_experts, small.activation
-            (80, (0, 64, 0, 64, 0, 64), 'gelu')
+            (80, (0, 64, 0, 64, 0, 64), 'geglu')
         """
         if not shrink >= 1:
             raise ValueError(f"shrink={shrink} must be 1 or more")
