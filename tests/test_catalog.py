@@ -134,6 +134,7 @@ GLM = {**LATENT, "index_n_heads": "index_heads", "index_head_dim": "d_index"}
 FAMILIES = {
     "mixtral": ("mixtral", LOCAL),
     "deepseek-v2": ("deepseek_v2", LATENT),
+    "deepseek-v3.2": ("deepseek_v32", GLM),
     "deepseek-v3": ("deepseek_v3", LATENT),
     "kimi": ("deepseek_v3", LATENT),
     "moonlight": ("deepseek_v3", LATENT),

@@ -149,7 +149,7 @@ class Model:
     logits_divisor: float = 1.0
     other_lacks: tuple[str, ...] = ()
     note: str = ""
-    sources: Mapping[str, Source] = field(default_factory=dict, repr=False)
+    sources: Mapping[str, Source] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.experts) != self.n_layers:
