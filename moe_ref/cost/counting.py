@@ -184,7 +184,7 @@ class Parameters:
 
     Example:
         >>> parameters(TransformerConfig(100, 32, 2, n_heads=4, d_ff=48, n_experts=8))
-        Parameters(total=89248, active=33952, active_without_embeddings=30752)
+        Parameters(total=88992, active=33696, active_without_embeddings=30496)
     """
 
     total: int

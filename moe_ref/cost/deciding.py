@@ -23,6 +23,7 @@ class Side:
         step: the time of a decode step; it is the latency of a token, too.
 
     Example:
+        >>> from moe_ref.cost import MACHINES
         >>> small = TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48)
         >>> verdict(small, small, MACHINES["h100"]).dense.fits
         True
@@ -49,6 +50,7 @@ class Verdict:
         reason: the same in a sentence.
 
     Example:
+        >>> from moe_ref.cost import MACHINES
         >>> small = TransformerConfig(100, 32, n_layers=2, n_heads=4, d_ff=48)
         >>> verdict(small, small, MACHINES["h100"]).worth == parameters(small).total
         True
@@ -101,6 +103,7 @@ def verdict(
         ValueError: as `time` does, or if `worth` is not more than 0.
 
     Example:
+        >>> from moe_ref.cost import MACHINES
         >>> moe = TransformerConfig(32_000, 4096, 32, 32, 14_336, n_kv_heads=8, n_experts=8, k=2)
         >>> dense = TransformerConfig(32_000, 4096, 32, 32, 14_336, n_kv_heads=8)
         >>> print(verdict(dense, moe, MACHINES["h100"]))

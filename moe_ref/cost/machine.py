@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from .._validate import check_choice
 from . import measuring
 
@@ -21,7 +23,7 @@ class Machine:
         flops: FLOP/s of dense matrix products, by dtype; no factor for sparsity.
         bandwidth: bytes/s of reading memory.
         row_bandwidth: the same where each product has one row; None: no other.
-        memory: bytes that it holds.
+        memory: bytes that it holds; infinity: unknown.
         compute_share, memory_share: shares of the two rates that kernels reach; 1 where the rates
             were measured.
         cache: bytes that stay in a cache from pass to pass.
@@ -62,7 +64,7 @@ class Machine:
     def __post_init__(self) -> None:
         rates = {f"flops[{name!r}]": rate for name, rate in self.flops.items()}
         for name, rate in {**rates, "bandwidth": self.bandwidth, "memory": self.memory}.items():
-            if not (rate > 0 and math.isfinite(rate)):
+            if not rate > 0:
                 raise ValueError(f"{name}={rate} of {self.name!r} must be more than 0")
         for name in ("compute_share", "memory_share"):
             if not 0 < getattr(self, name) <= 1:
@@ -75,7 +77,7 @@ class Machine:
 
     def read_rate(self, nbytes: float, rows: float = 1.0) -> float:
         """Bytes/s of weights in a pass that reads so many, in products of so many rows."""
-        if nbytes <= self.cache:
+        if 0 < self.cache >= nbytes:
             return self.cache_bandwidth * self.memory_share
         alone = 1 - min(math.log(max(rows, 1.0)) / math.log(measuring.SEVERAL), 1.0)
         gain = (self.row_bandwidth or self.bandwidth) / self.bandwidth
@@ -91,7 +93,8 @@ class Machine:
         Args:
             device: of torch, "cpu" or "cuda".
         """
-        return cls(**measuring.measure(device))
+        with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
+            return cls(**measuring.measure(device))
 
 
 # Parts of a pass on a GPU: 4 microseconds for each kernel, what a launch takes without CUDA graphs.
@@ -103,7 +106,7 @@ _GPU = {
     "link_latency": 10e-6,
 }
 _HOPPER = {"float32": 494.7e12, "bfloat16": 989.4e12, "float8": 1978.9e12, "int8": 1978.9e12}
-_PRICES = "price: middle of on-demand offers of GPU clouds, early 2026"
+_PRICES = "price: about what specialised GPU clouds asked on demand in early 2026"
 _H100 = Machine(
     "H100 SXM",
     flops=_HOPPER,  # float32 stands for TF32
@@ -146,7 +149,7 @@ MACHINES: Mapping[str, Machine] = {
         bandwidth=8e12,
         memory=180e9,
         link_bandwidth=900e9,  # NVLink 5: 1.8 TB/s, both directions together
-        price=5.0,
+        price=5.5,
         source=f"NVIDIA HGX B200 datasheet, 1,000 W, without sparsity; {_PRICES}",
     ),
     "a100": replace(

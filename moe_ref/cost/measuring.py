@@ -1,5 +1,6 @@
 """How fast the machine at hand is: products, memory, and the parts of this library."""
 
+import math
 import os
 import statistics
 import time
@@ -32,10 +33,11 @@ SEVERAL = 4  # rows from which on reading weights takes no longer; one row alone
 def measure(device: str) -> dict[str, Any]:
     """The fields of a `Machine` that can be measured on one device."""
     if device.startswith("cuda"):
-        name, size = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+        name, size = torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[1])
     else:
-        name = f"cpu, {torch.get_num_threads()} threads"
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        name, size = f"cpu, {torch.get_num_threads()} threads", math.inf
+        if hasattr(os, "sysconf"):  # Windows has none
+            size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     flops = {str(t).removeprefix("torch."): product_rate(t, device) for t in DTYPES}
     peak = flops["float32"]
     speeds = {n: read_rate(n, SEVERAL, peak, device) for n in (*CACHES, BEYOND)}
@@ -79,14 +81,16 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
 
 def read_rate(mebibytes: int, rows: int, peak: float, device: str) -> float:
     """Bytes/s of weights in products of few rows, multiplying itself left out."""
-    d = 1024  # a matrix of 4 MiB
-    weights, x = torch.ones(mebibytes // 4, d, d, device=device), torch.ones(rows, d, device=device)
+    # Matrices of 4 MiB, as large as an expert; on a GPU one, whose launch is nothing beside it.
+    count, d = 1 if device.startswith("cuda") else mebibytes // 4, 1024
+    weights = torch.ones(count, mebibytes * 256 // count, d, device=device)
+    x = torch.ones(rows, d, device=device)
 
     def read() -> None:
         for weight in weights:
             cpu.linear(x, weight, None)
 
-    each = seconds(read, device) / len(weights) - 2 * rows * d * d / peak
+    each = seconds(read, device) / count - 2 * rows * weights[0].numel() / peak
     return weights[0].nbytes / max(each, 1e-6)
 
 
@@ -111,7 +115,7 @@ def overheads(device: str) -> dict[str, float]:
 
     step = begin()[-1]
     one, four = (clock(partial(layer, x)) for layer in layers)  # experts that the token visits
-    router, expert = clock(lambda: layers[0].router(x[:, 0])), (four - one) / 3
+    router, expert = clock(lambda: layers[0].router(x[:, 0])), max(four - one, 0.0) / 3
     alone = {
         "embedding": clock(begin),
         "norm": clock(lambda: x + norm(x)),
@@ -119,8 +123,9 @@ def overheads(device: str) -> dict[str, float]:
         "dense": clock(lambda: block(x)),
         "shared": clock(lambda: x + block(x)),
         "router": router,
-        "experts": one - router - expert,
+        "experts": max(one - router - expert, 0.0),
         "expert": expert,
+        "mix": clock(lambda: x * head(x).softmax(-1)[..., :1]),
         "head": clock(lambda: head(x)),
     }
 
@@ -130,7 +135,7 @@ def overheads(device: str) -> dict[str, float]:
 
     # A part takes longer after others than again and again: its code has left the caches. That
     # is not so for experts, which come one after the other.
-    several = sum(alone.values()) - alone["shared"] + 2 * alone["norm"]
+    several = sum(alone.values()) - alone["shared"] - alone["mix"] + 2 * alone["norm"]
     cold = max(clock(together) / several, 1.0)
     return {name: taken * (1 if name == "expert" else cold) for name, taken in alone.items()}
 

@@ -113,6 +113,7 @@ def time(
             share work.
 
     Example:
+        >>> from moe_ref.cost import MACHINES
         >>> moe = TransformerConfig(32_000, 4096, 32, 32, 14_336, n_kv_heads=8, n_experts=8, k=2)
         >>> step = time(moe, MACHINES["h100"], batch=16, context=1000, machines=2)
         >>> step.binds, f"{1000 * step.total:.1f} ms"
@@ -153,6 +154,12 @@ class _Load:
     popularity: Sequence[float] | Tensor | None
 
     @property
+    def own(self) -> float:
+        """Sequences of the busiest machine; where machines share each, its share of all."""
+        least = 0.0 if self.layout == "tensor" else min(self.batch, 1.0)
+        return max(self.batch / self.machines, least)
+
+    @property
     def wide(self) -> str:
         """The dtype of what is not a weight."""
         return self.dtype if BYTES[self.dtype] > 2 else "bfloat16"
@@ -166,45 +173,41 @@ class _Load:
 
     def rows(self, part: Part) -> float:
         """Rows of a product: tokens for each copy that is read."""
-        tokens, machines = self.batch * self.tokens, self.machines
         if part.n_experts > 1:
-            return tokens * part.k / (self.touched(part) * machines)
-        return tokens if self.layout == "tensor" else tokens / machines
-
-    def uneven(self, part: Part) -> float:
-        return self.imbalance if part.n_experts > 1 else 1.0
+            return self.batch * self.tokens * part.k / (self.touched(part) * self.machines)
+        return self.tokens * (self.batch if self.layout == "tensor" else self.own)
 
     def compute(self, part: Part) -> float:
-        sequences = self.batch / self.machines * part.places
-        products = part.k * part.products * self.tokens * self.uneven(part)
-        mixing = part.mixing * keys_seen(self.tokens, self.context, part.window)
-        seconds = products / self.machine.rate(self.dtype) if products else 0.0
-        return sequences * (seconds + (mixing / self.machine.rate(self.wide) if mixing else 0.0))
+        here = self.own if part.n_experts == 1 else self.batch / self.machines * self.imbalance
+        products = here * part.k * part.products * self.tokens
+        mixing = here * part.mixing * keys_seen(self.tokens, self.context, part.window)
+        rates = self.machine.rate(self.dtype), self.machine.rate(self.wide)
+        return part.places * (products / rates[0] + mixing / rates[1])
 
     def read(self, part: Part) -> float:
         seen = min(self.context + self.tokens, part.window or self.context + self.tokens)
-        cache = self.batch / self.machines * part.cached * seen * BYTES[self.wide]
+        cache = self.own * part.cached * seen * BYTES[self.wide]
         return part.places * (self.touched(part) * part.reads * BYTES[self.dtype] + cache)
 
     def exchange(self, part: Part) -> float:
-        rows = self.batch * self.tokens
         if self.machines == 1 or part.name not in ("attention", "dense", "experts"):
             return 0.0
         if not part.width:
             raise ValueError(f"the part {part.name!r} has no width: what it sends is unknown")
         row = part.width * BYTES[self.wide]
         if self.layout == "tensor":  # an all-reduce: each sum is gathered, then handed out
-            once = all_to_all(self.machine, rows * row, self.machines)
-            return 2 * part.places * once
+            sums = self.batch * self.tokens * row
+            return 2 * part.places * all_to_all(self.machine, sums, self.machines)
         if part.n_experts == 1:
             return 0.0
-        sent = rows / self.machines * part.k * row * self.imbalance
-        return 2 * part.places * all_to_all(self.machine, sent, self.machines)
+        sent = self.own * self.tokens * part.k * row * self.imbalance
+        there = all_to_all(self.machine, sent, self.machines)
+        counts = all_to_all(self.machine, 0, self.machines)  # so that each knows what is to come
+        return part.places * (counts + 2 * there)
 
     def overhead(self, part: Part) -> float:
-        known = self.machine.overhead
-        tokens = self.batch * self.tokens / self.machines
-        numbers = self.machine.elementwise
+        known, numbers = self.machine.overhead, self.machine.elementwise
+        tokens = self.own * self.tokens
         if part.n_experts == 1:
             each = numbers.get(part.name, 0.0) * part.numbers * tokens
         else:
@@ -225,6 +228,7 @@ def all_to_all(machine: Machine, nbytes: float, machines: int) -> float:
         ValueError: if the machine has no link.
 
     Example:
+        >>> from moe_ref.cost import MACHINES
         >>> round(all_to_all(MACHINES["h800"], 50e6, machines=8) * 1e6)
         885
     """
