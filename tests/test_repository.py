@@ -313,7 +313,7 @@ def test_the_wheel_holds_the_library_and_the_data_of_the_course_and_imports_from
 ):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     expected = {f"moe_ref/{p.relative_to(ROOT / 'moe_ref')}" for p in ROOT.glob("moe_ref/**/*.py")}
-    data = {"incidents.txt", "manifest.json", "tokenizer.json"}
+    data = {"incidents.txt", "manifest.json", "models.csv", "tokenizer.json"}
     assert names == expected | {"moe_ref/py.typed"} | {f"moe_ref/data/{name}" for name in data}
     assert sum(file.compress_size for file in wheel.infolist()) < 300_000
     wheel.extractall(tmp_path / "site")

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .data import data_file
+from ..._data import data_file
 from .incidents import KINDS, Incident, incidents
 from .sources import SOURCES, assemble, folder, installed, sha256
 

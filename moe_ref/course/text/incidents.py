@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, no_type_check
 
-from .data import data_file
+from ..._data import data_file
 
 T = TypeVar("T")
 

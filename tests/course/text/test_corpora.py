@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_ref import Transformer, TransformerConfig
+from moe_ref import _data as data
 from moe_ref.course import corpora
-from moe_ref.course.text import data, sources
 from moe_ref.course.text import incidents as incidents_module
+from moe_ref.course.text import sources
 
 SMALL = ("french", "russian", "japanese", "chinese")
 
@@ -161,12 +162,15 @@ def test_a_missing_distribution_is_named_with_the_command_that_installs_it(monke
 
 def test_text_is_read_the_same_under_another_hash_seed_and_locale():
     program = (
-        "import sys, types; p = types.ModuleType('moe_ref'); p.__path__ = [sys.argv[1]];"
-        "sys.modules['moe_ref'] = p; from moe_ref import incidents, sources;"
+        "import sys, types\n"
+        "for name in ('moe_ref', 'moe_ref.course', 'moe_ref.course.text'):\n"
+        "    package = sys.modules[name] = types.ModuleType(name)\n"
+        "    package.__path__ = [sys.argv[1] + '/' + name.replace('.', '/')]\n"
+        "from moe_ref.course.text import incidents, sources\n"
         "print(sources.sha256(sources.assemble('chinese')),"
         " sources.sha256(i.text for i in incidents.incidents(3, 50)), 'torch' in sys.modules)"
     )
-    command = [sys.executable, "-c", program, str(Path(corpora.__file__).parent)]
+    command = [sys.executable, "-c", program, str(Path(corpora.__file__).parents[3])]
     environment = {"PYTHONHASHSEED": "99", "LC_ALL": "C", "PYTHONUTF8": "0", "PATH": ""}
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     requests = [request.text for request in corpora.incidents(3, 50)]
@@ -403,7 +407,7 @@ def test_a_missing_data_file_is_named_with_what_it_is_and_how_to_get_it(
     name, remedy, tmp_path, monkeypatch
 ):
     assert corpora.data_file("tokenizer.json").is_file()
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "moe_ref/course/text/data.py"))
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "moe_ref/_data.py"))
     with pytest.raises(FileNotFoundError, match=rf"data file '{name}' is neither in .*{remedy}"):
         corpora.data_file(name)
 

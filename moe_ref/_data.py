@@ -17,7 +17,7 @@ def data_file(name: str) -> Path:
 
     Raises FileNotFoundError that says what is missing and how to get it.
     """
-    package = Path(__file__).resolve().parents[2]
+    package = Path(__file__).resolve().parent
     for place in (package / "data", package.parent / "data"):
         if (place / name).exists():
             return place / name
