@@ -520,3 +520,15 @@ NO_LINK = dataclasses.replace(H100, link_bandwidth=0)
 def test_what_makes_no_sense_is_answered_by_its_name_and_value(call, said, unchecked):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+def test_visits_that_were_measured_take_the_place_of_those_expected():
+    part = cost.Part("experts", 1_000_000, n_experts=8, k=2, width=100)
+    h100 = cost.MACHINES["h100"]
+    two, all_eight = (cost.time([part], h100, tokens=64, visited=n) for n in (2, 8))
+    assert all_eight.memory == pytest.approx(4 * two.memory)
+    assert all_eight.compute == two.compute
+    expected = cost.time([part], h100, tokens=64, visited=cost.touched(8, 2, 64))
+    assert expected.total == pytest.approx(cost.time([part], h100, tokens=64).total)
+    with pytest.raises(ValueError, match="visited=0 must be more than 0"):
+        cost.time([part], h100, visited=0)
