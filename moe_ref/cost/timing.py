@@ -117,7 +117,7 @@ def time(
         >>> moe = TransformerConfig(32_000, 4096, 32, 32, 14_336, n_kv_heads=8, n_experts=8, k=2)
         >>> step = time(moe, MACHINES["h100"], batch=16, context=1000, machines=2)
         >>> step.binds, f"{1000 * step.total:.1f} ms"
-        ('memory', '19.7 ms')
+        ('memory', '20.0 ms')
 
     Source: the roofline, Williams et al. 2009; a link as latency and bandwidth: Hockney 1994.
     """
