@@ -74,7 +74,7 @@ def seconds(run: Callable[[], object], device: str, budget: float = 0.1) -> floa
 
 def product_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large product."""
-    n = 8192 if device.startswith("cuda") else 768
+    n = 8192 if device.startswith("cuda") else 2048
     a, b = torch.randn(2, n, n, dtype=dtype, device=device)
     return 2 * n**3 / seconds(lambda: a @ b, device, 0.3)
 
