@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def write(gigabytes: float, folder: Path) -> None:
     finally:
         torch.set_default_dtype(default)
     checkpoints.save(model, folder / "one")
-    checkpoints.save(model, folder / "several", shard_size=500_000_000)
+    checkpoints.save(model, folder / "several", shard_size=500_000_000)  # four files or so, of 2 GB
 
 
 def load(folder: Path, small: Path, dtype: torch.dtype | None) -> tuple[int, int, float]:
@@ -81,8 +82,8 @@ def main() -> None:
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a new process, whose memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 if __name__ == "__main__":

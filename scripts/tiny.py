@@ -84,7 +84,7 @@ def main() -> None:
         checkpoints.save(model.cpu(), folder, dtype=torch.bfloat16, tokenizer=tokenizer)
         thinned(history).to_csv(folder / "history.csv", index=False, float_format="%.5g")
         history.held_out().to_csv(folder / "held_out.csv", float_format="%.4f")
-        stored = checkpoints.load(folder)
+        stored = checkpoints.load(folder, dtype=torch.float32)
         losses = corpora.held_out_losses(stored, DOMAINS, **WINDOW)
         table = pd.DataFrame({"loss": losses}).rename_axis("domain")
         table.to_csv(folder / "losses.csv", float_format="%.4f")

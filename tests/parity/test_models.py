@@ -86,6 +86,20 @@ def test_a_checkpoint_saved_by_transformers_loads_with_the_same_logits(name, tmp
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_that_we_split_are_read_by_transformers(name, dtype, tmp_path):
+    torch.manual_seed(0)
+    ours = Transformer(CONFIGS[name]).to(dtype)
+    checkpoints.save(ours, tmp_path, shard_size=100_000)
+    assert len(checkpoints.weight_files(tmp_path)) > 1
+    theirs, said = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert theirs.dtype == dtype
+    assert not any(said.values())
+    ids = torch.randint(0, 320, (2, 9))
+    assert_close(ours.float()(ids).logits, theirs.float()(ids).logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_generation_with_our_cache_is_that_of_transformers(name, tmp_path):
     ours, theirs = pair(name, tmp_path)
     ids = torch.randint(0, 320, (2, 5))

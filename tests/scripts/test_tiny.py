@@ -24,7 +24,7 @@ each = pytest.mark.parametrize("name", NAMES)
 
 @cache
 def model(name: str) -> Transformer:
-    return checkpoints.load(DATA / f"tiny-{name}").eval()
+    return checkpoints.load(DATA / f"tiny-{name}", dtype=torch.float32)
 
 
 def card(name: str) -> str:
