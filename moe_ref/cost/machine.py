@@ -97,8 +97,8 @@ class Machine:
             return cls(**measuring.measure(device))
 
 
-# Assumed, not from a datasheet. 0.85 of the bandwidth, half of the peak, and 4 microseconds for each
-# kernel were chosen to agree with published times of MoE layers on an H100: see tests/test_cost.py.
+# Assumed, from no datasheet: 0.85 of the bandwidth, half of the peak and 4 microseconds for each
+# kernel were chosen to agree with published times of MoE layers on an H100, in tests/test_cost.py.
 # The other GPUs have the same shares by analogy.
 _GPU = {
     "overhead": {name: n * 4e-6 for name, n in KERNELS.items()},
