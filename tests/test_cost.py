@@ -279,7 +279,6 @@ QWEN3, MIXTRAL_LAYER = layer(2048, 768, 128, 8), layer(4096, 14_336, 8, 2)
     [
         (QWEN3, 1, 49),
         (QWEN3, 32, 420),
-        (QWEN3, 128, 450),
         (QWEN3, 512, 480),
         (MIXTRAL_LAYER, 1, 259),
         (MIXTRAL_LAYER, 32, 967),
@@ -287,6 +286,10 @@ QWEN3, MIXTRAL_LAYER = layer(2048, 768, 128, 8), layer(4096, 14_336, 8, 2)
     ],
 )
 def test_layers_measured_on_an_h100_are_predicted_within_a_sixth(parts, tokens, microseconds):
+    """The assumptions of `MACHINES` were chosen with these figures in view; the rest is counts.
+
+    Of Qwen3's layer a range was published, 420 to 480, for 32 to 512 tokens: its ends are here.
+    """
     predicted = cost.time(parts, MACHINES["h100"], batch=tokens)
     assert 6 / 7 < predicted.total * 1e6 / microseconds < 7 / 6
     assert predicted.binds == "memory"
