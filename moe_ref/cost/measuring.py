@@ -4,7 +4,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -58,18 +58,27 @@ def measure(device: str) -> dict[str, Any]:
 
 
 def seconds(run: Callable[[], object], device: str, budget: float = 0.1) -> float:
-    """Time of a call that nothing else on the machine delays: the fastest quarter of 8 or more."""
+    """Time of a call: the median of 8 or more."""
+    return by_turns({"": run}, device, budget)[""]
+
+
+def by_turns(
+    runs: Mapping[str, Callable[[], object]], device: str, budget: float
+) -> dict[str, float]:
+    """Median time of each call; they take turns, so that what slows the machine slows all."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    run()
-    wait()
-    taken: list[float] = []
-    end = time.perf_counter() + budget
-    while len(taken) < 8 or time.perf_counter() < end:
-        start = time.perf_counter()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
         run()
-        wait()
-        taken.append(time.perf_counter() - start)
-    return statistics.quantiles(taken, n=4)[0]
+    end = time.perf_counter() + budget
+    while len(next(iter(taken.values()))) < 8 or time.perf_counter() < end:
+        for name, run in runs.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in taken.items()}
 
 
 def product_rate(dtype: torch.dtype, device: str) -> float:
@@ -104,39 +113,37 @@ def overheads(device: str) -> dict[str, float]:
     norm, head = nn.RMSNorm(d).to(device), nn.Linear(d, 64, device=device)
     attention, block = Attention(d, 2, 2).to(device), FeedForward(d, d).to(device)
     experts = Experts(8, d, d)
-    layers = [MoELayer(TopKRouter(d, 8, k), experts).to(device) for k in (1, 4)]
+    layers = [MoELayer(TopKRouter(d, 8, k), experts).to(device) for k in (1, 8)]
 
     def begin() -> Any:
         cache.lengths = torch.full((1,), 32)
         return int(ids.min()), F.embedding(ids, table), prepare(config, x, cache=cache)
 
-    def clock(run: Callable[[], object]) -> float:
-        return seconds(run, device)
-
     step = begin()[-1]
-    one, four = (clock(partial(layer, x)) for layer in layers)  # experts that the token visits
-    router, expert = clock(lambda: layers[0].router(x[:, 0])), max(four - one, 0.0) / 3
-    alone = {
-        "embedding": clock(begin),
-        "norm": clock(lambda: x + norm(x)),
-        "attention": clock(lambda: attention(x, step)),
-        "dense": clock(lambda: block(x)),
-        "shared": clock(lambda: x + block(x)),
-        "router": router,
-        "experts": max(one - router - expert, 0.0),
-        "expert": expert,
-        "mix": clock(lambda: x * head(x).softmax(-1)[..., :1]),
-        "head": clock(lambda: head(x)),
-    }
 
     def together() -> Any:
         y = x + attention(norm(x), begin()[-1])
         return head(norm(y + layers[0](norm(y))[0]) + block(y))
 
+    runs: dict[str, Callable[[], object]] = {
+        "embedding": begin,
+        "norm": lambda: x + norm(x),
+        "attention": lambda: attention(x, step),
+        "dense": lambda: block(x),
+        "shared": lambda: x + block(x),
+        "router": lambda: layers[0].router(x[:, 0]),
+        "mix": lambda: x * head(x).softmax(-1)[..., :1],
+        "head": lambda: head(x),
+    }
+    runs |= {"one": partial(layers[0], x), "all": partial(layers[1], x), "together": together}
+    alone = by_turns(runs, device, 1.0)
+    one, every, whole = (alone.pop(name) for name in ("one", "all", "together"))
+    alone["expert"] = max(every - one, 0.0) / 7  # a token that visits one expert, and all eight
+    alone["experts"] = max(one - alone["router"] - alone["expert"], 0.0)
     # A part takes longer after others than again and again: its code has left the caches. That
     # is not so for experts, which come one after the other.
     several = sum(alone.values()) - alone["shared"] - alone["mix"] + 2 * alone["norm"]
-    cold = max(clock(together) / several, 1.0)
+    cold = max(whole / several, 1.0)
     return {name: taken * (1 if name == "expert" else cold) for name, taken in alone.items()}
 
 
