@@ -11,6 +11,7 @@ from .decisions import permutation, routing, text
 from .figure import Figure
 from .flows import feedback_loop, router_pipeline
 from .grid import matrix
+from .history import history, traits
 from .movement import capacity, dispatch_forms
 from .structures import ffn, moe_layer, transformer_block
 from .variants import mmoe, patches, upcycling
@@ -22,6 +23,7 @@ __all__ = [
     "dispatch_forms",
     "feedback_loop",
     "ffn",
+    "history",
     "lines",
     "matrix",
     "mmoe",
@@ -33,6 +35,7 @@ __all__ = [
     "routing",
     "stack",
     "text",
+    "traits",
     "transformer_block",
     "upcycling",
 ]
