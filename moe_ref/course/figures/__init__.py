@@ -13,6 +13,7 @@ from .flows import feedback_loop, router_pipeline
 from .grid import matrix
 from .history import history, traits
 from .movement import capacity, dispatch_forms
+from .released import pr_moe, tensor_file
 from .structures import ffn, moe_layer, transformer_block
 from .variants import mmoe, patches, upcycling
 
@@ -30,10 +31,12 @@ __all__ = [
     "moe_layer",
     "patches",
     "permutation",
+    "pr_moe",
     "roofline",
     "router_pipeline",
     "routing",
     "stack",
+    "tensor_file",
     "text",
     "traits",
     "transformer_block",
