@@ -33,8 +33,8 @@ def pr_moe(experts: Sequence[int] = (8, 16, 32, 40)) -> None:
     board.plus((7.9, 1.5))
     board.arrow((6.85, 0.8), (7.9, 0.8), (7.9, 1.38))
     board.arrow((6.65, 2.1), (7.9, 2.1), (7.9, 1.62))
-    board.note((8.12, 1.05), "times $c_0$", size=8.5, ha="left", color=LINE)
-    board.note((8.12, 1.9), "times $c_1$", size=8.5, ha="left", color=LINE)
+    board.note((8.12, 1.05), "times $c_1$", size=8.5, ha="left", color=LINE)
+    board.note((8.12, 1.9), "times $c_0$", size=8.5, ha="left", color=LINE)
     board.arrow((4.5, 1.5), (5.25, 1.5))
     board.box((6.1, 1.5), "softmax of W x + b", width=1.7, height=0.34, colour=DENSE, size=8.5)
     board.arrow((6.95, 1.5), (7.78, 1.5), linestyle=(0, (4, 3)))
@@ -44,7 +44,7 @@ def pr_moe(experts: Sequence[int] = (8, 16, 32, 40)) -> None:
     counts = listed([str(n) for n in experts])
     board.show(f"pyramid: {counts} experts, from the first MoE block to the last",
                "residual layer: x -> dense FFN; x -> router -> its best expert, by its raw score",
-               "y = c_0 times the one plus c_1 times the other; c: a learned softmax of x",
+               "y = c_0 times the expert + c_1 times the dense FFN; c: a learned softmax of x",
                )  # fmt: skip
 
 
