@@ -87,6 +87,6 @@ def tensor_file(header: int, tensors: Sequence[tuple[str, int, int]]) -> None:
 def _short(name: str) -> str:
     """The last words of a tensor's name, as many as fit above its box."""
     words = name.split(".")
-    while len(words) > 1 and len(".".join(words)) > 17:
+    while len(words) > 1 and len(".".join(words)) > 20:
         words = words[1:]
     return ".".join(words)
