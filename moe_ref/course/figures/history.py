@@ -1,9 +1,10 @@
 """Published models through the years: their parameters, and traits that come and go."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from statistics import median
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -131,19 +132,19 @@ def _heights(axes: Axes, values: Trait) -> Sequence[float]:
 
 
 def _by_year(dates: Sequence[str], values: Trait) -> str:
-    said = []
-    pairs = sorted(zip((date[:4] for date in dates), values), key=lambda pair: pair[0])
-    for year, members in groupby(pairs, lambda pair: pair[0]):
-        found = [value for _, value in members if value == value]  # no NaN
-        if not found:
-            continue
-        if isinstance(found[0], str):
-            counts = Counter(map(str, found)).most_common()
-            said.append(f"{year} " + ", ".join(f"{word} {n}" for word, n in counts))
-        else:
-            low, middle, high = (_figure(f(found)) for f in (min, median, max))
-            said.append(f"{year} {middle}" + f" ({low} to {high})" * (low != high))
-    return "; ".join(said)
+    found = defaultdict(list)
+    for date, value in sorted(zip((date[:4] for date in dates), values), key=lambda pair: pair[0]):
+        if value == value:  # no NaN
+            found[date].append(value)
+    return "; ".join(f"{year} {_summary(members)}" for year, members in found.items())
+
+
+def _summary(values: Sequence[Any]) -> str:
+    """How often each word occurs, or the median and the ends of numbers."""
+    if isinstance(values[0], str):
+        return ", ".join(f"{word} {n}" for word, n in Counter(values).most_common())
+    low, middle, high = (_figure(f(values)) for f in (min, median, max))
+    return middle + f" ({low} to {high})" * (low != high)
 
 
 def _figure(value: float) -> str:

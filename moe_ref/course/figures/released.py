@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from .drawing import COLOURS, DENSE, FAINT, FFN, LINE, ROUTER, Board, listed
+from .drawing import DENSE, FAINT, FFN, LINE, ROUTER, Board, listed
+from .figure import COLOURS
 
 
 def pr_moe(experts: Sequence[int] = (8, 16, 32, 40)) -> None:
@@ -55,12 +56,14 @@ def tensor_file(header: int, tensors: Sequence[tuple[str, int, int]]) -> None:
         header: bytes of the header.
         tensors: name, first byte and end of each, counted from the end of the header.
     """
-    chosen = [*tensors[:2], None, tensors[-1]] if len(tensors) > 3 else list(tensors)
+    chosen: list[tuple[str, int, int] | None] = list(tensors)
+    if len(tensors) > 3:
+        chosen = [*tensors[:2], None, tensors[-1]]
     size = 8 + header + max(end for _, _, end in tensors)
     title = f"A file of {size:,} bytes: a number, a header, then {len(tensors)} tensors"
     board = Board(title, 8.8, 1.5)
     width, y = 8.5 / (2 + len(chosen)), 0.75
-    cells = [
+    cells: list[tuple[str, str, int] | None] = [
         ("8 bytes", "length of\nthe header", 0),
         ("header", "JSON: name,\ndtype, shape, place", 8),
     ]
