@@ -79,6 +79,10 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
         {"patch": 4, "n_experts": 4, "k": 2, "steps": 20, "task_steps": 20, "seed": 1},
         {"d_model": 16, "d_ff": 8, "steps": 20, "task_experts": 3, "task_steps": 20, "repeats": 2},
     ),
+    "10_published_models": (
+        {"shrink": 60, "layer": 0, "seed": 1},
+        {"model": "mixtral-8x22b", "shrink": 150, "tokens": 8, "layer": 3},
+    ),
 }
 
 hygiene = pytest.mark.hygiene

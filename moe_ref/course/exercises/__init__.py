@@ -14,6 +14,7 @@ from .nb06 import balance_loss, biased_top_k, idle_updates
 from .nb07 import fold, rotary, upcycle_ffn
 from .nb08 import accidental_bits, renumber, route_around
 from .nb09 import admit_by_score, assemble, images_left_out
+from .nb10 import count_parameters, moe_settings, share_of_experts
 
 __all__ = [
     "accidental_bits",
@@ -25,6 +26,7 @@ __all__ = [
     "biased_top_k",
     "combine",
     "cost_of_moving",
+    "count_parameters",
     "drop_overflow",
     "expert_choice_padded",
     "expert_counts",
@@ -37,11 +39,13 @@ __all__ = [
     "images_left_out",
     "mixtral_8x22b",
     "moe_forward",
+    "moe_settings",
     "permutation",
     "renumber",
     "reroute",
     "rotary",
     "route_around",
+    "share_of_experts",
     "swiglu",
     "switch_layer",
     "top_k_routing",

@@ -11,7 +11,9 @@ from .decisions import permutation, routing, text
 from .figure import Figure
 from .flows import feedback_loop, router_pipeline
 from .grid import matrix
+from .history import history, traits
 from .movement import capacity, dispatch_forms
+from .released import pr_moe, tensor_file
 from .structures import ffn, moe_layer, transformer_block
 from .variants import mmoe, patches, upcycling
 
@@ -22,17 +24,21 @@ __all__ = [
     "dispatch_forms",
     "feedback_loop",
     "ffn",
+    "history",
     "lines",
     "matrix",
     "mmoe",
     "moe_layer",
     "patches",
     "permutation",
+    "pr_moe",
     "roofline",
     "router_pipeline",
     "routing",
     "stack",
+    "tensor_file",
     "text",
+    "traits",
     "transformer_block",
     "upcycling",
 ]

@@ -49,6 +49,12 @@ KINDS = {
     "roofline": lambda t, v: figures.roofline(
         {"a": ([1, 64], [1e9 * v, 9e10])}, flops=1e11, bandwidth=1e10, title=t
     ),
+    "history": lambda t, v: figures.history(
+        {"old": ("2017-01", 1e11, 1e8), "new": ("2024-12", 7e9, v * 1e9)}, title=t
+    ),
+    "traits": lambda t, v: figures.traits(
+        ["2017-01", "2024-12"], {"k": [4, v], "score": ["softmax", "sigmoid"]}, title=t
+    ),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -259,6 +265,49 @@ def test_roofline_is_the_smaller_of_the_two_limits(shown):
 
 
 # --------------------------------------------------------------------------------------- grid
+
+
+def test_history_stands_in_order_of_time_and_joins_active_to_total(shown):
+    models = {"b": ("2024-12", 7e9, 1e9), "a": ("2017-01", 1e11, 1e8), "c": ("2024-12", 8e9, 4e9)}
+    figures.history(models, title="A finding")
+    axes = axes_of(shown)
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["a  2017-01", "b  2024-12", "c  2024-12"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the newest is lowest"
+    joined = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
+    assert [tuple(map(float, xs)) for xs in joined] == [(1e8, 1e11), (1e9, 7e9), (4e9, 8e9)]
+    assert words(axes) == ["0.1 %", "14 %", "50 %"]
+    assert shown[0].text.splitlines()[2:] == [
+        "2017: a 100 million of 100 billion (0.1 %)",
+        "2024: b 1 billion of 7 billion (14 %), c 4 billion of 8 billion (50 %)",
+    ]
+
+
+def test_history_of_no_models_is_refused():
+    with pytest.raises(ValueError, match="has none to draw"):
+        figures.history({}, title="A finding")
+
+
+def test_traits_are_drawn_over_time_and_counted_by_year(shown):
+    dates = ["2024-12", "2017-01", "2024-07"]
+    panels = {"k": [8, 4, float("nan")], "score": ["sigmoid", "softmax", "softmax"]}
+    figures.traits(dates, panels, title="A finding", log=["k"])
+    numbers, scores = shown[0].drawn.axes
+    assert (numbers.get_yscale(), scores.get_yscale()) == ("log", "linear")
+    assert numbers.lines[0].get_xdata() == pytest.approx(
+        [2024 + 11.5 / 12, 2017 + 0.5 / 12, 2024.54], abs=0.01
+    )
+    assert scores.lines[0].get_ydata().tolist() == [1, 0, 0]
+    assert [label.get_text() for label in scores.get_yticklabels()] == ["softmax", "sigmoid"]
+    assert shown[0].text.splitlines()[1:] == [
+        "k: 2017 4; 2024 8",
+        "score: 2017 softmax 1; 2024 sigmoid 1, softmax 1",
+    ]
+
+
+def test_traits_want_a_value_for_each_model():
+    with pytest.raises(ValueError, match=r"panels\['k'\] has 1 values for 2 dates"):
+        figures.traits(["2017-01", "2018-01"], {"k": [1]}, title="A finding")
 
 
 def test_matrix_writes_each_number_in_its_cell(shown):

@@ -51,6 +51,16 @@ DRAWINGS = {
     "MMoE of 9, three tasks": lambda: figures.mmoe(9, ["a", "b", "c"]),
     "feedback": figures.feedback_loop,
     "pipeline": figures.router_pipeline,
+    "PR-MoE": figures.pr_moe,
+    "PR-MoE of two blocks": lambda: figures.pr_moe((64, 128)),
+    "file": lambda: figures.tensor_file(
+        4000,
+        [
+            (f"model.layers.{i}.self_attn.q_proj.weight", 10**6 * i, 10**6 * (i + 1))
+            for i in range(50)
+        ],
+    ),
+    "file of one tensor": lambda: figures.tensor_file(60, [("head", 0, 8)]),
 }
 each = pytest.mark.parametrize("name", DRAWINGS)
 
