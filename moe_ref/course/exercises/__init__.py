@@ -15,6 +15,7 @@ from .nb07 import fold, rotary, upcycle_ffn
 from .nb08 import accidental_bits, renumber, route_around
 from .nb09 import admit_by_score, assemble, images_left_out
 from .nb10 import count_parameters, moe_settings, share_of_experts
+from .nb11 import bandwidth, nine_in_ten, touched_by_two
 
 __all__ = [
     "accidental_bits",
@@ -23,6 +24,7 @@ __all__ = [
     "backward_work",
     "balance_loss",
     "balance_tokens",
+    "bandwidth",
     "biased_top_k",
     "combine",
     "cost_of_moving",
@@ -40,6 +42,7 @@ __all__ = [
     "mixtral_8x22b",
     "moe_forward",
     "moe_settings",
+    "nine_in_ten",
     "permutation",
     "renumber",
     "reroute",
@@ -49,5 +52,6 @@ __all__ = [
     "swiglu",
     "switch_layer",
     "top_k_routing",
+    "touched_by_two",
     "upcycle_ffn",
 ]

@@ -13,6 +13,7 @@ from .flows import feedback_loop, router_pipeline
 from .grid import matrix
 from .history import history, traits
 from .movement import capacity, dispatch_forms
+from .reading import decode_step
 from .released import pr_moe, tensor_file
 from .structures import ffn, moe_layer, transformer_block
 from .variants import mmoe, patches, upcycling
@@ -21,6 +22,7 @@ __all__ = [
     "Figure",
     "bars",
     "capacity",
+    "decode_step",
     "dispatch_forms",
     "feedback_loop",
     "ffn",

@@ -60,6 +60,9 @@ DRAWINGS = {
             for i in range(50)
         ],
     ),
+    "decode step": figures.decode_step,
+    "decode step of 128": lambda: figures.decode_step(128, [0, 2, 127]),
+    "decode step without a token": lambda: figures.decode_step(4, []),
     "file of one tensor": lambda: figures.tensor_file(60, [("head", 0, 8)]),
 }
 each = pytest.mark.parametrize("name", DRAWINGS)
