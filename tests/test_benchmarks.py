@@ -18,7 +18,7 @@ def test_the_benchmark_of_training_prints_a_row_for_each_model_and_peer():
 
 
 def test_the_benchmark_of_cost_prints_what_it_predicts_beside_what_it_measures():
-    options = ["--size", "tiny", "--batch", "2", "--prompt", "4"]
+    options = ["--size", "tiny", "--batch", "2", "--prompt", "4", "--rounds", "1"]
     command = [sys.executable, BENCHMARKS / "cost.py", *options]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

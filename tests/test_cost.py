@@ -279,7 +279,6 @@ QWEN3, MIXTRAL_LAYER = layer(2048, 768, 128, 8), layer(4096, 14_336, 8, 2)
     [
         (QWEN3, 1, 49),
         (QWEN3, 32, 420),
-        (QWEN3, 128, 450),
         (QWEN3, 512, 480),
         (MIXTRAL_LAYER, 1, 259),
         (MIXTRAL_LAYER, 32, 967),
@@ -287,6 +286,10 @@ QWEN3, MIXTRAL_LAYER = layer(2048, 768, 128, 8), layer(4096, 14_336, 8, 2)
     ],
 )
 def test_layers_measured_on_an_h100_are_predicted_within_a_sixth(parts, tokens, microseconds):
+    """The assumptions of `MACHINES` were chosen with these figures in view; the rest is counts.
+
+    Of Qwen3's layer a range was published, 420 to 480, for 32 to 512 tokens: its ends are here.
+    """
     predicted = cost.time(parts, MACHINES["h100"], batch=tokens)
     assert 6 / 7 < predicted.total * 1e6 / microseconds < 7 / 6
     assert predicted.binds == "memory"
@@ -520,3 +523,15 @@ NO_LINK = dataclasses.replace(H100, link_bandwidth=0)
 def test_what_makes_no_sense_is_answered_by_its_name_and_value(call, said, unchecked):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+def test_visits_that_were_measured_take_the_place_of_those_expected():
+    part = cost.Part("experts", 1_000_000, n_experts=8, k=2, width=100)
+    h100 = cost.MACHINES["h100"]
+    two, all_eight = (cost.time([part], h100, tokens=64, visited=n) for n in (2, 8))
+    assert all_eight.memory == pytest.approx(4 * two.memory)
+    assert all_eight.compute == two.compute
+    expected = cost.time([part], h100, tokens=64, visited=cost.touched(8, 2, 64))
+    assert expected.total == pytest.approx(cost.time([part], h100, tokens=64).total)
+    with pytest.raises(ValueError, match="visited=0 must be more than 0"):
+        cost.time([part], h100, visited=0)

@@ -97,8 +97,9 @@ class Machine:
             return cls(**measuring.measure(device))
 
 
-# Parts of a pass on a GPU: 4 microseconds for each kernel, what a launch takes without CUDA graphs.
-# Half of the peak and 0.85 of the bandwidth are what good kernels reach, for layers of experts too.
+# Assumed, from no datasheet: 0.85 of the bandwidth, half of the peak and 4 microseconds for each
+# kernel were chosen to agree with published times of MoE layers on an H100, in tests/test_cost.py.
+# The other GPUs have the same shares by analogy.
 _GPU = {
     "overhead": {name: n * 4e-6 for name, n in KERNELS.items()},
     "compute_share": 0.5,

@@ -4,7 +4,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -41,8 +41,8 @@ def measure(device: str) -> dict[str, Any]:
     flops = {str(t).removeprefix("torch."): product_rate(t, device) for t in DTYPES}
     peak = flops["float32"]
     speeds = {n: read_rate(n, SEVERAL, peak, device) for n in (*CACHES, BEYOND)}
-    middle = (max(speeds.values()) * speeds[BEYOND]) ** 0.5
-    cached = [n for n in CACHES if speeds[n] > middle]
+    best = max(speeds.values())
+    cached = [n for n in CACHES if speeds[n] > 0.8 * best] if best > 1.25 * speeds[BEYOND] else []
     return {
         "name": name,
         "flops": flops,
@@ -58,31 +58,40 @@ def measure(device: str) -> dict[str, Any]:
 
 
 def seconds(run: Callable[[], object], device: str, budget: float = 0.1) -> float:
-    """Time of a call that nothing else on the machine delays: the fastest quarter of 8 or more."""
+    """Time of a call: the median of 8 or more."""
+    return by_turns({"": run}, device, budget)[""]
+
+
+def by_turns(
+    runs: Mapping[str, Callable[[], object]], device: str, budget: float
+) -> dict[str, float]:
+    """Median time of each call; they take turns, so that what slows the machine slows all."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    run()
-    wait()
-    taken: list[float] = []
-    end = time.perf_counter() + budget
-    while len(taken) < 8 or time.perf_counter() < end:
-        start = time.perf_counter()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
         run()
-        wait()
-        taken.append(time.perf_counter() - start)
-    return statistics.quantiles(taken, n=4)[0]
+    end = time.perf_counter() + budget
+    while len(next(iter(taken.values()))) < 8 or time.perf_counter() < end:
+        for name, run in runs.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in taken.items()}
 
 
 def product_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large product."""
-    n = 8192 if device.startswith("cuda") else 768
+    n = 8192 if device.startswith("cuda") else 2048
     a, b = torch.randn(2, n, n, dtype=dtype, device=device)
     return 2 * n**3 / seconds(lambda: a @ b, device, 0.3)
 
 
 def read_rate(mebibytes: int, rows: int, peak: float, device: str) -> float:
     """Bytes/s of weights in products of few rows, multiplying itself left out."""
-    # Matrices of 4 MiB, as large as an expert; on a GPU one, whose launch is nothing beside it.
-    count, d = 1 if device.startswith("cuda") else mebibytes // 4, 1024
+    # Matrices of 2 MiB, as small experts have; on a GPU one, whose launch is nothing beside it.
+    count, d = 1 if device.startswith("cuda") else mebibytes // 2, 1024
     weights = torch.ones(count, mebibytes * 256 // count, d, device=device)
     x = torch.ones(rows, d, device=device)
 
@@ -104,45 +113,43 @@ def overheads(device: str) -> dict[str, float]:
     norm, head = nn.RMSNorm(d).to(device), nn.Linear(d, 64, device=device)
     attention, block = Attention(d, 2, 2).to(device), FeedForward(d, d).to(device)
     experts = Experts(8, d, d)
-    layers = [MoELayer(TopKRouter(d, 8, k), experts).to(device) for k in (1, 4)]
+    layers = [MoELayer(TopKRouter(d, 8, k), experts).to(device) for k in (1, 8)]
 
     def begin() -> Any:
         cache.lengths = torch.full((1,), 32)
         return int(ids.min()), F.embedding(ids, table), prepare(config, x, cache=cache)
 
-    def clock(run: Callable[[], object]) -> float:
-        return seconds(run, device)
-
     step = begin()[-1]
-    one, four = (clock(partial(layer, x)) for layer in layers)  # experts that the token visits
-    router, expert = clock(lambda: layers[0].router(x[:, 0])), max(four - one, 0.0) / 3
-    alone = {
-        "embedding": clock(begin),
-        "norm": clock(lambda: x + norm(x)),
-        "attention": clock(lambda: attention(x, step)),
-        "dense": clock(lambda: block(x)),
-        "shared": clock(lambda: x + block(x)),
-        "router": router,
-        "experts": max(one - router - expert, 0.0),
-        "expert": expert,
-        "mix": clock(lambda: x * head(x).softmax(-1)[..., :1]),
-        "head": clock(lambda: head(x)),
-    }
 
     def together() -> Any:
         y = x + attention(norm(x), begin()[-1])
         return head(norm(y + layers[0](norm(y))[0]) + block(y))
 
+    runs: dict[str, Callable[[], object]] = {
+        "embedding": begin,
+        "norm": lambda: x + norm(x),
+        "attention": lambda: attention(x, step),
+        "dense": lambda: block(x),
+        "shared": lambda: x + block(x),
+        "router": lambda: layers[0].router(x[:, 0]),
+        "mix": lambda: x * head(x).softmax(-1)[..., :1],
+        "head": lambda: head(x),
+    }
+    runs |= {"one": partial(layers[0], x), "all": partial(layers[1], x), "together": together}
+    alone = by_turns(runs, device, 1.0)
+    one, every, whole = (alone.pop(name) for name in ("one", "all", "together"))
+    alone["expert"] = max(every - one, 0.0) / 7  # a token that visits one expert, and all eight
+    alone["experts"] = max(one - alone["router"] - alone["expert"], 0.0)
     # A part takes longer after others than again and again: its code has left the caches. That
     # is not so for experts, which come one after the other.
     several = sum(alone.values()) - alone["shared"] - alone["mix"] + 2 * alone["norm"]
-    cold = max(clock(together) / several, 1.0)
+    cold = max(whole / several, 1.0)
     return {name: taken * (1 if name == "expert" else cold) for name, taken in alone.items()}
 
 
 def elementwise(device: str) -> dict[str, float]:
     """Seconds for each of `Part.numbers` and each token of what a part does beside products."""
-    batch, seq, d, heads, k = 16, 16, 256, 4, 2
+    batch, seq, d, heads, k = 16, 64, 256, 4, 2
     tokens, x = batch * seq, torch.randn(batch * seq, d, device=device)
     norm, router = nn.RMSNorm(d).to(device), TopKRouter(d, 8, k).to(device)
     routing, hidden = router(x), torch.randn(tokens, 4 * d, device=device)
@@ -155,8 +162,11 @@ def elementwise(device: str) -> dict[str, float]:
     def clock(run: Callable[[], object]) -> float:
         return seconds(run, device) / (tokens * d)
 
+    def copy(rows: Tensor, counts: Tensor) -> Tensor:
+        return torch.empty_like(rows).copy_(rows)  # as each expert's rows come to their place
+
     activated = clock(lambda: activate(hidden, "swiglu")) / 7  # a block of 2 * d has 7 * d numbers
-    moved = clock(lambda: sorted_rows(x, routing, lambda rows, counts: rows)) / k / 7
+    moved = clock(lambda: sorted_rows(x, routing, copy)) / k / 7
     return {
         "norm": clock(lambda: x + norm(x)),
         "attention": clock(mix) / 5,

@@ -87,6 +87,7 @@ def time(
     layout: str = "experts",
     imbalance: float = 1.0,
     popularity: Sequence[float] | Tensor | None = None,
+    visited: float | None = None,
 ) -> Time:
     """Time of one forward pass: of prefill, of a decode step, or of a layer.
 
@@ -107,6 +108,8 @@ def time(
         layout: how they share it.
         imbalance: rows of the busiest machine's experts, over the mean; the others wait for it.
         popularity: of the experts of a layer, as in `touched`.
+        visited: experts of a layer that the pass visits, if that was measured; None: as many as
+            independent tokens would. Tokens of one text resemble each other, and visit fewer.
 
     Raises:
         ValueError: if a number is impossible, a name is unknown, or machines without a link are to
@@ -117,16 +120,19 @@ def time(
         >>> moe = TransformerConfig(32_000, 4096, 32, 32, 14_336, n_kv_heads=8, n_experts=8, k=2)
         >>> step = time(moe, MACHINES["h100"], batch=16, context=1000, machines=2)
         >>> step.binds, f"{1000 * step.total:.1f} ms"
-        ('memory', '19.7 ms')
+        ('memory', '20.0 ms')
 
     Source: the roofline, Williams et al. 2009; a link as latency and bandwidth: Hockney 1994.
     """
     check_pass(batch, tokens, context)
     check_choice("dtype", dtype, BYTES)
     check_layout(layout, machines)
+    if visited is not None and not visited > 0:
+        raise ValueError(f"visited={visited} must be more than 0")
     if imbalance < 1:
         raise ValueError(f"imbalance={imbalance} is busiest over mean, so at least 1")
-    load = _Load(machine, batch, tokens, context, dtype, machines, layout, imbalance, popularity)
+    case = (batch, tokens, context, dtype, machines, layout, imbalance, popularity, visited)
+    load = _Load(machine, *case)
     found = parts(model)
     read = sum(load.read(part) for part in found)
     return Time(
@@ -152,6 +158,7 @@ class _Load:
     layout: str
     imbalance: float
     popularity: Sequence[float] | Tensor | None
+    visited: float | None
 
     @property
     def own(self) -> float:
@@ -169,6 +176,8 @@ class _Load:
         n, split = part.n_experts, self.machines if self.layout == "tensor" else 1
         if n == 1:
             return 1 / split
+        if self.visited is not None:
+            return min(self.visited, n) / self.machines
         return touched(n, part.k, self.batch * self.tokens, self.popularity) / self.machines
 
     def rows(self, part: Part) -> float:
