@@ -84,12 +84,14 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
         {"model": "mixtral-8x22b", "shrink": 150, "tokens": 8, "layer": 3},
     ),
     "11_dense_or_moe": (
-        {"n_experts": 8, "k": 1, "most_tokens": 32, "draws": 20, "seed": 1},
-        {"model": "mixtral-8x7b", "d_model": 64, "d_ff": 128, "most_tokens": 64, "draws": 30},
-    ),
-    "11_dense_or_moe": (
         {"model": "mixtral-8x7b", "n_experts": 4, "k": 1, "most_tokens": 32, "seed": 1},
-        {"model": "gpt-oss-20b", "d_model": 64, "d_ff": 64, "most_tokens": 32, "draws": 20},
+        {
+            "model": "granite-3.1-1b-a400m",
+            "d_model": 64,
+            "d_ff": 64,
+            "most_tokens": 32,
+            "draws": 20,
+        },
     ),
 }
 

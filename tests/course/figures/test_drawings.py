@@ -144,6 +144,8 @@ def test_the_words_begin_with_a_title_and_are_no_longer_than_a_page(name, shown)
             "pipeline",
             ["logits", "noise", "scores", "bias", "-infinity", "top k", "weights"],
         ),
+        ("PR-MoE", ["8, 16, 32 and 40 experts", "c_0 times the expert", "c_1 times the dense"]),
+        ("file", ["4,000 bytes of JSON", "layers.49.self_attn.q_proj.weight: bytes 49,004,008"]),
     ],
 )
 def test_the_words_name_the_parts_and_their_connections(name, parts, shown):
@@ -159,6 +161,8 @@ def test_the_words_name_the_parts_and_their_connections(name, parts, shown):
         ("MoE block", ["norm", "norm", "attention", "router", "expert 3", "+", "+", "+"]),
         ("MoE layer", ["router\n$W x$", "expert 0", "expert 3", "+"]),
         ("pipeline", ["W x", "+ noise", "softmax\nor sigmoid", "+ bias", "top k", "weights"]),
+        ("PR-MoE", ["8 experts", "40 experts", "dense FFN", "router", "times $c_1$", "+"]),
+        ("file", ["length of\nthe header", "8", "4,008", "49,004,008", "…"]),
     ],
 )
 def test_what_the_words_name_is_drawn(name, parts, shown):
