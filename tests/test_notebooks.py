@@ -89,7 +89,13 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
     ),
     "11_dense_or_moe": (
         {"model": "mixtral-8x7b", "n_experts": 4, "k": 1, "most_tokens": 32, "seed": 1},
-        {"model": "granite-3.1-1b-a400m", "d_model": 64, "d_ff": 64, "most_tokens": 32, "draws": 20},
+        {
+            "model": "granite-3.1-1b-a400m",
+            "d_model": 64,
+            "d_ff": 64,
+            "most_tokens": 32,
+            "draws": 20,
+        },
     ),
 }
 
