@@ -42,13 +42,15 @@ def config_of(m: Any, shrink: float) -> TransformerConfig:
     d_head = _width(m.d_head, shrink, _LEAST_HEAD, 2)
     n_heads = max(1, round(m.n_heads * m.d_head / shrink / d_head))
     kv_heads = max(1, round(n_heads * (m.n_kv_heads or m.n_heads) / m.n_heads))
+    n_heads = kv_heads * max(1, round(n_heads / kv_heads))
+    whole = m.n_heads * m.d_head == m.d_model  # as in the model, the heads make up its width
     same = {name: getattr(m, name) for name in _SAME}
     options = {name: getattr(m, name) for name in _TOP_K if getattr(m, name) != _TOP_K[name]}
     return TransformerConfig(
         vocab_size=_divided(m.vocab_size, shrink, _LEAST_VOCABULARY),
-        d_model=_width(m.d_model, shrink, _LEAST_WIDTH, 8),
+        d_model=n_heads * d_head if whole else _width(m.d_model, shrink, _LEAST_WIDTH, 8),
         n_layers=len(experts),
-        n_heads=kv_heads * max(1, round(n_heads / kv_heads)),
+        n_heads=n_heads,
         n_kv_heads=kv_heads,
         d_head=d_head,
         n_experts=experts[0] if len(set(experts)) == 1 else experts,

@@ -33,7 +33,9 @@ def read_config(settings: Mapping[str, Any]) -> TransformerConfig:
 
 
 def write_config(config: TransformerConfig) -> dict[str, Any]:
-    """The config.json of a model."""
+    """The config.json of a model; ValueError if its heads don't make up its width."""
+    if config.n_heads * config.head_features != config.d_model:
+        raise ValueError("transformers' norms of OLMoE take heads that make up d_model")
     return write_backbone(config, "olmoe", "OlmoeForCausalLM") | {
         "intermediate_size": config.d_ff,
         "num_experts": config.experts_of(0),

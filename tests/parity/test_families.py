@@ -1,10 +1,12 @@
 """Each family of checkpoints against transformers, both ways, with released models' settings."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 
-from moe_ref import checkpoints, generation
+from moe_ref import Transformer, catalog, checkpoints, generation
 from moe_ref.checkpoints.gpt_oss import decode
 from moe_ref.kv_cache import ContiguousCache
 from tests.tools import assert_close
@@ -82,6 +84,15 @@ def test_in_bfloat16_ours_is_as_near_to_float32_as_transformers_is(name, tmp_pat
     # The median: here and there a token whose scores nearly tie goes to another expert.
     gaps = [(model(tokens(16)).logits - exact).abs().median() for model in (ours, theirs)]
     assert gaps[0] <= 1.2 * gaps[1]
+
+
+def test_an_olmoe_whose_heads_do_not_make_up_its_width_is_refused(tmp_path):
+    """transformers' norms of queries and keys would not fit."""
+    fits = catalog.MODELS["olmoe-1b-7b"].config(100)
+    checkpoints.save(Transformer(fits), tmp_path)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no place in the format of"):
+        checkpoints.save(Transformer(dataclasses.replace(fits, d_head=4)), tmp_path)
 
 
 def test_experts_in_four_bits_are_decoded_as_by_transformers():
