@@ -29,6 +29,10 @@ SIZES = {
     "many": TransformerConfig(2048, 512, 4, 8, 256, n_kv_heads=4, n_experts=64, k=8),
     "wide": TransformerConfig(4096, 1024, 2, 16, 512, n_kv_heads=4, n_experts=32, k=4),
     "large": TransformerConfig(4096, 1024, 4, 16, 2048, n_kv_heads=4, n_experts=8, k=2),
+    # Chosen after the form of the prediction was settled: with a shared expert, and heads of 64.
+    "unseen": TransformerConfig(
+        3000, 640, 3, 10, 384, n_kv_heads=2, n_experts=48, k=6, d_shared=384
+    ),
 }
 CONTEXT = 64  # tokens read before a decode step
 

@@ -15,9 +15,9 @@ def decode_step(n_experts: int = 8, touched: Sequence[int] = (1, 4)) -> None:
     Raises:
         ValueError: if one of them is not there.
     """
-    for expert in touched:
-        if not 0 <= expert < n_experts:
-            raise ValueError(f"touched={expert} is none of n_experts={n_experts}, from 0")
+    for number in touched:
+        if not 0 <= number < n_experts:
+            raise ValueError(f"touched={number} is none of n_experts={n_experts}, from 0")
     board = Board("A step reads a dense block whole, and of an MoE what is touched", 8.8, 2.3)
     board.frame((0.1, 0.05), 8.6, 0.95, "dense")
     board.frame((0.1, 1.15), 8.6, 1.05, "MoE")
