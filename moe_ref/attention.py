@@ -5,7 +5,8 @@ y = attention(x, step, layer)                       # in each block
 cache.commit()                                      # when every block has stored its keys
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,10 +150,7 @@ def prepare(
         [[False, True, False], [False, True, True]]
     """
     batch, seq = x.shape[:2]
-    real = None  # the mask, on the CPU, if there is any padding
-    if mask is not None:
-        _check_shape("mask", mask, x, torch.bool)
-        real = None if mask.all() else mask.cpu()
+    real = _padding(mask, x)
     lengths = torch.zeros(batch, dtype=torch.long) if cache is None else cache.lengths
     if cache is not None:
         check_cache(cache, config, x)
@@ -162,18 +160,14 @@ def prepare(
         _check_positions(positions, x, real, None if cache is None else at)
         at = positions if cache is None else at
     alike = real is None and (positions is None if cache is None else all_equal(lengths))
-    at = at[:1] if alike else at  # one row will do for all
-    at, longest = at.to(x.device), seq if cache is None else int(at.max()) + 1
-    keys = at if cache is None else torch.arange(longest, device=x.device)[None]
-    own = real if cache is None else None  # of a cache, only what is real was stored
-    masked = positions is not None or (real is not None and (real[:, 1:] > real[:, :-1]).any())
-    if cache is not None:  # the key of position p has index p
+    if cache is None:
+        masked = positions is not None or (real is not None and (real[:, 1:] > real[:, :-1]).any())
+        reach = seq if positions is None else math.inf
+    else:
         masked = not alike or (seq > 1 and bool(lengths.any()))
-    visible = _sees(at, keys, own) if masked else None
-    windowed = {}
-    for window in {w for w in config.windows if w is not None}:
-        all_within = longest <= window and (cache is not None or positions is None)
-        windowed[window] = visible if all_within else _sees(at, keys, own, window)
+        reach = int(at.max()) + 1
+    at = (at[:1] if alike else at).to(x.device)  # one row will do for all
+    visible, windowed = _visible(at, real, bool(masked), config.windows, reach, cache is not None)
     angles = rotary_angles(at, config.head_features, config.rope_theta, config.yarn)[:, None]
     size = 1.0 if config.yarn is None else config.yarn.amplitude
     cos, sin = ((size * turn).to(x.dtype) for turn in (angles.cos(), angles.sin()))
@@ -219,6 +213,29 @@ def _with_sinks(
     return torch.cat([added, column], dim=-1)
 
 
+def _visible(
+    at: Int[Tensor, "rows seq"],
+    real: Tensor | None,
+    masked: bool,
+    windows: Iterable[int | None],
+    reach: float,
+    cached: bool,
+) -> tuple[Tensor | None, dict[int, Tensor | None]]:
+    """The keys that queries at these positions see: without a window, and for each window.
+
+    None is what `attend` does without a mask, unless `masked`. No window reaches further back than
+    `reach`. In a cache, the key of position p has index p, and only what is real was stored.
+    """
+    widths = {window for window in windows if window is not None}
+    if not masked and all(reach <= window for window in widths):
+        return None, dict.fromkeys(widths)
+    keys = torch.arange(int(reach), device=at.device)[None] if cached else at
+    own = None if cached else real
+    visible = _sees(at, keys, own) if masked else None
+    windowed = {w: visible if reach <= w else _sees(at, keys, own, w) for w in widths}
+    return visible, windowed
+
+
 def _sees(
     at: Int[Tensor, "rows seq"],
     keys: Int[Tensor, "#rows total"],
@@ -246,6 +263,14 @@ def _check_positions(
     for row, column in (wrong if real is None else wrong & real).nonzero().tolist():
         right = "0 or more" if follow is None else f"{follow[row, column]}, to follow the cache"
         raise ValueError(f"positions[{row}, {column}]={given[row, column]} must be {right}")
+
+
+def _padding(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask, on the CPU, if there is any padding."""
+    if mask is None:
+        return None
+    _check_shape("mask", mask, x, torch.bool)
+    return None if mask.all() else mask.cpu()
 
 
 def _check_shape(name: str, given: Tensor, x: Tensor, *dtypes: torch.dtype) -> None:

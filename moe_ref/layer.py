@@ -63,9 +63,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         check_router(router)
-        check_parts(router, experts, capacity, shared, dispatch)
-        if mix is not None and shared is None:
-            raise ValueError(f"mix={mix!r} needs a shared block to mix with the experts")
+        check_parts(router, experts, capacity, shared, mix, dispatch)
         self.router: Any = router
         self.experts = experts
         self.capacity = capacity
@@ -157,7 +155,7 @@ class Mix(nn.Module):
         super().__init__()
         check_choice("kind", kind, ("sigmoid", "softmax"))
         check_sizes(d_model=d_model)
-        self.kind = kind
+        self.d_model, self.kind = d_model, kind
         outputs = 1 if kind == "sigmoid" else 2
         bias = torch.zeros(outputs) if kind == "softmax" else None
         self.weight = nn.Parameter(torch.empty(outputs, d_model))
@@ -175,7 +173,7 @@ class Mix(nn.Module):
         return routed, shared
 
     def extra_repr(self) -> str:
-        return f"d_model={self.weight.shape[1]}, kind={self.kind}"
+        return f"d_model={self.d_model}, kind={self.kind}"
 
 
 class TensorOnly(nn.Module):
@@ -211,12 +209,17 @@ class TensorOnly(nn.Module):
 
 
 def check_parts(
-    router: object, experts: object, capacity: object, shared: object, dispatch: object
+    router: object,
+    experts: object,
+    capacity: object,
+    shared: object,
+    mix: object,
+    dispatch: object,
 ) -> None:
     """Raise a ValueError that names the first part that does not fit the experts."""
     if not hasattr(experts, "n_experts") or not hasattr(experts, "d_model"):
         raise ValueError(f"experts={experts!r} is no Experts(n_experts, d_model, d_ff)")
-    for name, part in (("router", router), ("shared", shared)):
+    for name, part in (("router", router), ("shared", shared), ("mix", mix)):
         for size in ("n_experts", "d_model"):
             theirs, ours = getattr(part, size, None), getattr(experts, size)
             if theirs is not None and theirs != ours:
@@ -225,5 +228,7 @@ def check_parts(
         raise ValueError(f"capacity={capacity!r} is no rule: make it Capacity({capacity!r})")
     if shared is not None and not callable(shared):
         raise ValueError(f"shared={shared!r} is no module, such as FeedForward(d_model, d_ff)")
+    if mix is not None and shared is None:
+        raise ValueError(f"mix={mix!r} needs a shared block to mix with the experts")
     if not callable(dispatch):
         raise ValueError(f"dispatch={dispatch!r} is no function (x, routing, experts) -> y")

@@ -121,6 +121,8 @@ def test_a_mix_without_a_shared_block_or_of_an_unknown_kind_is_refused():
     layer = make_layer()
     with pytest.raises(ValueError, match="needs a shared block to mix"):
         MoELayer(layer.router, layer.experts, mix=Mix(8, "sigmoid"))
+    with pytest.raises(ValueError, match="mix has d_model=6, but experts have d_model=8"):
+        MoELayer(layer.router, layer.experts, shared=FeedForward(8, 12), mix=Mix(6, "softmax"))
     with pytest.raises(ValueError, match="kind='mean' is neither sigmoid nor softmax"):
         Mix(8, "mean")
 

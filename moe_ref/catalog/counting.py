@@ -47,6 +47,9 @@ def _both_stacks(m: Any, part: Part) -> list[Part]:
 def _latent(m: Any) -> Part:
     """Queries, and keys and values, by way of a few features; only those are cached.
 
+    `mixing` is that of prefill, where keys and values are computed. A decode step compares with the
+    cached features themselves: 2 * n_heads * (2 * kv_rank + d_rope).
+
     Source: DeepSeek-V2, 2405.04434, section 2.1; the indexer: DeepSeek-V3.2, section 2.1.
     """
     queries = m.n_heads * (m.d_head + m.d_rope)

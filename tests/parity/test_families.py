@@ -1,10 +1,13 @@
 """Each family of checkpoints against transformers, both ways, with released models' settings."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moe_ref import Transformer, catalog, checkpoints, generation
 from moe_ref.checkpoints.gpt_oss import decode
@@ -96,10 +99,33 @@ def test_an_olmoe_whose_heads_do_not_make_up_its_width_is_refused(tmp_path):
 
 
 def test_experts_in_four_bits_are_decoded_as_by_transformers():
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
     torch.manual_seed(0)
     blocks = torch.randint(256, (3, 10, 4, 16), dtype=torch.uint8)
     scales = torch.randint(90, 140, (3, 10, 4), dtype=torch.uint8)
     expected = convert_moe_packed_tensors(blocks, scales)
     assert torch.equal(decode(blocks, scales), expected)
+
+
+def test_a_released_file_of_gpt_oss_with_experts_in_four_bits_is_the_model_it_stands_for(tmp_path):
+    theirs = theirs_of("gpt_oss")
+    theirs.save_pretrained(tmp_path / "plain")
+    tensors, packed = load_file(tmp_path / "plain" / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors[name].shape
+        shape = (experts, outputs, inputs // 32, 16)
+        blocks = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        scales = torch.randint(118, 126, shape[:3], dtype=torch.uint8, generator=generator)
+        tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    coded = {n: t for n, t in tensors.items() if f"{n}_blocks" not in packed}
+    for folder, content in (("plain", tensors), ("coded", coded | packed)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        save_file(content, tmp_path / folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((tmp_path / "plain" / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "coded" / "config.json").write_text(json.dumps(settings))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    ours = checkpoints.load(tmp_path / "coded", dtype=torch.float32)
+    with torch.no_grad():
+        assert_close(ours(tokens()).logits, theirs(tokens()).logits)
