@@ -42,11 +42,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Under pytest-xdist's -n: tests go out one by one, but a notebook's cells share a kernel."""
+    """Under pytest-xdist's -n: tests go out one by one, but a notebook's cells share a kernel.
+
+    So do the tests that read the large domains of text, which takes half a minute.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            if "scripts/test_tiny.py" in nodeid or "scripts/test_text.py" in nodeid:
+                return "large text"
             return nodeid.split("::")[0] if ".ipynb::" in nodeid else nodeid
 
     return Scheduling(config, log)

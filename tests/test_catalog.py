@@ -403,3 +403,13 @@ def test_without_pandas_the_table_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install .moe_ref\[course\]"):
         table()
+
+
+def test_an_unknown_model_is_answered_with_the_nearest_name():
+    with pytest.raises(KeyError, match="model='mixtral-8x7' is none of .* mean 'mixtral-8x7b'"):
+        MODELS["mixtral-8x7"]
+
+
+def test_a_printed_model_says_its_size_in_one_line():
+    said = "Model('gpt-oss-20b', OpenAI 2025-08: 20.91B parameters, 4.19B active)"
+    assert repr(MODELS["gpt-oss-20b"]) == said

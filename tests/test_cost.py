@@ -535,3 +535,8 @@ def test_visits_that_were_measured_take_the_place_of_those_expected():
     assert expected.total == pytest.approx(cost.time([part], h100, tokens=64).total)
     with pytest.raises(ValueError, match="visited=0 must be more than 0"):
         cost.time([part], h100, visited=0)
+
+
+def test_an_unknown_machine_is_answered_with_the_nearest_name():
+    with pytest.raises(KeyError, match="machine='h10' is none of .*; did you mean 'h100'"):
+        cost.MACHINES["h10"]

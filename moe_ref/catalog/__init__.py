@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._data import data_file
+from .._validate import Named
 from .model import Model, Source
 from .reading import read
 
 __all__ = ["MODELS", "Model", "Source", "table"]
 
-MODELS: Mapping[str, Model] = read(data_file("models.csv"))
+MODELS: Mapping[str, Model] = Named("model", read(data_file("models.csv")))
 
 
 def table() -> Any:

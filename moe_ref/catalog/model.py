@@ -32,7 +32,7 @@ class Source:
         return f"{self.words} ({self.kind})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A published model; sizes are those of `TransformerConfig`, if they have the same name.
 
@@ -198,6 +198,10 @@ class Model:
             [('embedding', 1), ('attention', 61), ('norm', 123)]
         """
         return parts_of(self)
+
+    def __repr__(self) -> str:
+        counted = f"{self.total / 1e9:.4g}B parameters, {self.active / 1e9:.3g}B active"
+        return f"Model({self.name!r}, {self.organisation} {self.released}: {counted})"
 
     def config(self, shrink: float = 1.0, *, exact: bool = True) -> TransformerConfig:
         """The configuration that builds it, in its size or smaller.

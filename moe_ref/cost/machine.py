@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .._validate import check_choice
+from .._validate import Named, check_choice
 from . import measuring
 
 # Kernels that a part takes where they are fused as serving engines fuse them.
@@ -14,7 +14,7 @@ KERNELS = {"embedding": 1, "norm": 1, "attention": 5, "dense": 3, "shared": 3, "
 KERNELS |= {"router": 2, "experts": 3, "head": 1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Machine:
     """What a machine can do; all rates are of one device.
 
@@ -70,6 +70,12 @@ class Machine:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not more than 0 and at most 1")
 
+    def __repr__(self) -> str:
+        rates = ", ".join(
+            f"{rate / 1e12:.4g} TFLOP/s in {name}" for name, rate in self.flops.items()
+        )
+        return f"Machine({self.name!r}: {rates}; {self.bandwidth / 1e9:.4g} GB/s)"
+
     def rate(self, dtype: str) -> float:
         """FLOP/s that matrix products of this dtype reach; ValueError if it knows none."""
         check_choice("dtype", dtype, self.flops)
@@ -119,7 +125,7 @@ _H100 = Machine(
     **_GPU,  # type: ignore[arg-type]
 )
 
-MACHINES: Mapping[str, Machine] = {
+_KNOWN = {
     "h100": _H100,
     "h200": replace(
         _H100,
@@ -174,3 +180,4 @@ MACHINES: Mapping[str, Machine] = {
         source="AMD Ryzen 7 7840U at its base clock: arithmetic from its specification",
     ),
 }
+MACHINES: Mapping[str, Machine] = Named("machine", _KNOWN)
