@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+SORTED = 64  # experts that are sorted faster than bits are turned into numbers
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Routing:
@@ -140,12 +142,13 @@ def count(experts: Int[Tensor, "*assignments"], n_experts: int) -> Int[Tensor, "
 def top_k(scores: Float[Tensor, "tokens n_experts"], k: int) -> Int[Tensor, "tokens k"]:
     """Indices of the k largest scores in descending order, ties to the lower index.
 
-    torch.topk leaves the order of ties open, so devices differ. In float32 it is given integers
-    that sort like the scores and never tie: the bits of the score, then the index, counted down.
+    torch.topk leaves the order of ties open, so devices differ. A few experts are sorted. Of many,
+    in float32, topk is given integers that sort like the scores and never tie: the bits of the
+    score, then the index, counted down.
     """
-    if scores.dtype == torch.float64:  # 64 bits leave no room for the index
-        return scores.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
     n_experts = scores.shape[-1]
+    if n_experts <= SORTED or scores.dtype == torch.float64:  # which leaves no bits for the index
+        return scores.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
     bits = (scores.detach().float() + 0.0).view(torch.int32)  # + 0.0: no negative zero
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort the other way round
     falling = torch.arange(n_experts - 1, -1, -1, device=scores.device)
