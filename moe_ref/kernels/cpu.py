@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-FEW_ROWS = 2  # up to so many float32 rows MKL leaves half of the speed of memory on the table
-LARGE = 2**18  # numbers of a weight from which on blocks pay, 1 MiB: smaller ones may be cached
 BLOCKS = 4  # MKL reads a weight at the speed of memory only as a batch of blocks
+LARGE = 2**16  # numbers of a weight from which on that pays
+FEW_ROWS = 3  # float32 rows up to which it pays on one thread too
+SOME_ROWS = 63  # and on several threads, which share the blocks but not one small product
 
 
 def linear(
@@ -18,14 +19,20 @@ def linear(
     weight: Float[Tensor, "outputs inputs"],
     bias: Float[Tensor, " outputs"] | None,
 ) -> Float[Tensor, "rows outputs"]:
-    """F.linear in the dtype of the rows; one or two float32 rows on a CPU go by blocks."""
+    """F.linear in the dtype of the rows; few float32 rows on a CPU go by blocks of outputs."""
     weight, bias = weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
-    few = len(rows) <= FEW_ROWS and weight.numel() >= LARGE and len(weight) % BLOCKS == 0
-    known = rows.device.type == "cpu" and rows.dtype == torch.float32
-    if not (few and known) or torch.compiler.is_compiling():
+    if not pays(rows, weight) or torch.compiler.is_compiling():
         return F.linear(rows, weight, bias)
     y = in_blocks(rows, weight)
     return y if bias is None else y + bias
+
+
+def pays(rows: Tensor, weight: Tensor) -> bool:
+    """Whether a product is faster by blocks."""
+    if rows.dtype != torch.float32 or rows.device.type != "cpu" or len(rows) > SOME_ROWS:
+        return False
+    large = weight.numel() >= LARGE and len(weight) % BLOCKS == 0
+    return large and (len(rows) <= FEW_ROWS or torch.get_num_threads() > 1)
 
 
 def in_blocks(
@@ -33,4 +40,6 @@ def in_blocks(
 ) -> Float[Tensor, "rows outputs"]:
     """rows @ weight.T as a batch of products, each with its share of the outputs."""
     blocks = weight.unflatten(0, (BLOCKS, -1))
+    if len(rows) > FEW_ROWS:  # MKL is slow if the smaller side of a product is the second
+        return torch.bmm(rows.expand(BLOCKS, -1, -1), blocks.mT).transpose(0, 1).flatten(1)
     return torch.bmm(blocks, rows.T.expand(BLOCKS, -1, -1)).flatten(0, 1).T
