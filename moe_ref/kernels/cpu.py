@@ -10,7 +10,8 @@ from torch import Tensor
 
 BLOCKS = 4  # MKL reads a weight at the speed of memory only as a batch of blocks
 LARGE = 2**16  # numbers of a weight from which on that pays
-FEW_ROWS = 3  # float32 rows up to which it pays on one thread too
+FEW_ROWS, NARROW_ROWS = 3, 8  # up to so many it pays on one thread; more if rows are narrow
+NARROW = 512  # inputs
 SOME_ROWS = 63  # and on several threads, which share the blocks but not one small product
 
 
@@ -32,14 +33,19 @@ def pays(rows: Tensor, weight: Tensor) -> bool:
     if rows.dtype != torch.float32 or rows.device.type != "cpu" or len(rows) > SOME_ROWS:
         return False
     large = weight.numel() >= LARGE and len(weight) % BLOCKS == 0
-    return large and (len(rows) <= FEW_ROWS or torch.get_num_threads() > 1)
+    return large and (are_few(rows) or torch.get_num_threads() > 1)
+
+
+def are_few(rows: Tensor) -> bool:
+    """Whether blocks pay on one thread, for a large weight."""
+    return len(rows) <= (NARROW_ROWS if rows.shape[1] <= NARROW else FEW_ROWS)
 
 
 def in_blocks(
     rows: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "rows outputs"]:
     """rows @ weight.T as a batch of products, each with its share of the outputs."""
-    blocks = weight.unflatten(0, (BLOCKS, -1))
-    if len(rows) > FEW_ROWS:  # MKL is slow if the smaller side of a product is the second
-        return torch.bmm(rows.expand(BLOCKS, -1, -1), blocks.mT).transpose(0, 1).flatten(1)
-    return torch.bmm(blocks, rows.T.expand(BLOCKS, -1, -1)).flatten(0, 1).T
+    rows, blocks = rows.contiguous(), weight.unflatten(0, (BLOCKS, -1))  # columns take four times
+    if are_few(rows):
+        return torch.bmm(blocks, rows.T.expand(BLOCKS, -1, -1)).flatten(0, 1).T
+    return torch.bmm(rows.expand(BLOCKS, -1, -1), blocks.mT).transpose(0, 1).flatten(1)
