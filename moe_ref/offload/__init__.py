@@ -20,6 +20,7 @@ from ..checkpoints import _described
 from ..checkpoints.family import HEAD
 from ..checkpoints.folder import survey
 from ..checkpoints.reading import allocate, dtypes, matched, spellings
+from ..checkpoints.run import own_tensors
 from ..layer import MoELayer
 from ..model import Transformer
 from ..telemetry import Trace
@@ -119,7 +120,7 @@ def load(
         layer.dispatch = store = Store(pool, layer=i)
         layer.experts = Fetched(layer.experts, store)
     allocate(model, kinds, device)
-    tensors = model.state_dict()
+    tensors = own_tensors(model)
     for source in sources:
         if source.place.ours in tensors:
             reader.fill(source, source.place.of(tensors))

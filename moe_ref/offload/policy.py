@@ -4,7 +4,7 @@ The store that runs a model and the simulator that replays a trace hold the same
 their hit rates are the same number, not two estimates of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from .._validate import Named, check_choice, check_sizes
@@ -193,7 +193,7 @@ class Residents:
     def __contains__(self, key: Key) -> bool:
         return key in self._slot_of
 
-    def visit(self, layer: int, experts: Sequence[int]) -> Iterator[Visit]:
+    def visit(self, layer: int, experts: Sequence[int]) -> Generator[Visit, None, None]:
         """One layer's experts, one after the other, each with a slot while it works.
 
         Those that are there go first: else they might leave before their turn. What an expert
@@ -216,6 +216,9 @@ class Residents:
             finally:
                 if not self.policy.keeps:
                     self.drop(key)
+        if not self.policy.keeps:  # wrong guesses go too
+            for key in [key for key in self._ahead if key[0] == layer]:
+                self.drop(key)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> list[tuple[Key, int]]:
         """Give slots to experts that a layer will likely ask for; those to be read are returned."""

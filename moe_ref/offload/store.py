@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import accumulate
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from .._validate import check_choice, check_sizes
 from ..dispatch import sorted_rows
-from ..experts import Experts
+from ..experts import BACKENDS, Experts
+from ..ffn import autocast_dtype
 from ..routing import Routing
 from ..telemetry import Trace
 from .fetching import Host, Shelf
@@ -96,15 +98,19 @@ class Pool:
         """
         if torch.is_grad_enabled() and rows.requires_grad:
             raise ValueError("experts in a Store have no gradients: use torch.no_grad()")
+        like = self._experts[0]
+        rows = rows.to(autocast_dtype(rows) or rows.dtype)
+        backend = BACKENDS[like._choose(rows, counts)]  # as for all experts at once
         sizes = counts.tolist()
         y, asked = torch.empty_like(rows), [e for e, size in enumerate(sizes) if size]
         if self.trace is not None:
             self.trace.touched(layer, asked)
-        runs = list(zip(accumulate(sizes, initial=0), accumulate(sizes), strict=False))
-        for visit in self.residents.visit(layer, asked):
-            expert, (first, last) = visit.key[1], runs[visit.key[1]]
-            size = counts[expert : expert + 1]
-            y[first:last] = self._ready(visit)(rows[first:last], size)
+        ends = list(accumulate(sizes))
+        with closing(self.residents.visit(layer, asked)) as visits:
+            for visit in visits:
+                e = visit.key[1]
+                place = slice(ends[e] - sizes[e], ends[e])
+                y[place] = backend.run(rows[place], counts[e : e + 1], self._ready(visit))
         return y
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -269,6 +275,9 @@ class Fetched(nn.Module):
         self, rows: Float[Tensor, "rows d_model"], counts: Int[Tensor, " n_experts"]
     ) -> Float[Tensor, "rows d_model"]:
         return self.store.run(rows, counts)
+
+    def _save_to_state_dict(self, *_: object) -> None:
+        raise ValueError("the experts are in their files: load the model whole to save it")
 
     def extra_repr(self) -> str:
         sizes = f"n_experts={self.n_experts}, d_model={self.d_model}, d_ff={self.d_ff}"
