@@ -99,8 +99,18 @@ def note(name: str, trace: Trace, total: int) -> str:
     layers = 1 + max(layer for layer, _ in asked)
     touched = sum(len(experts) for _, experts in asked) / len(asked) / (total / layers)
     once = offload.simulate(trace, total).hit_rate
-    right = trace.guessed_right
-    return f"{name}: touched {touched:.1%}, once {once:.1%}, guessed right {right:.1%}"
+    right = [guessed_right(trace, layer) for layer in range(1, layers)]
+    return (
+        f"{name}: touched {touched:.1%}, once {once:.1%}, guessed right {trace.guessed_right:.1%}"
+        f" (by layer: {', '.join(f'{share:.1%}' for share in right)})"
+    )
+
+
+def guessed_right(trace: Trace, layer: int) -> float:
+    """The same share of one layer."""
+    part = Trace()
+    part.events = [event for event in trace.events if event[0] == layer]
+    return part.guessed_right
 
 
 if __name__ == "__main__":
