@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -15,32 +15,29 @@ from .model import Transformer, evaluating
 from .prompts import padded
 from .sampling import Sampling, sample
 
-Ids = Sequence[int] | Int[Tensor, " seq"]
+Ids = Sequence[int] | Int[Tensor, " _seq"]
 
 
-if TYPE_CHECKING:
-
-    class _Options(TypedDict, total=False):
-        mask: Tensor | None
-        cache: KVCache | None
-        temperature: float
-        top_k: int | None
-        top_p: float
-        min_p: float
-        repetition_penalty: float
-        seed: int | Sequence[int]
-        stop: int | Sequence[int] | None
-
-    @overload
-    def generate(
-        model: Transformer, prompt: Tensor, length: int, **options: Unpack[_Options]
-    ) -> Tensor: ...
-    @overload
-    def generate(
-        model: Transformer, prompt: Sequence[Ids], length: int, **options: Unpack[_Options]
-    ) -> list[Tensor]: ...
+class _Options(TypedDict, total=False):
+    mask: Tensor | None
+    cache: KVCache | None
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | Sequence[int]
+    stop: int | Sequence[int] | None
 
 
+@overload
+def generate(
+    model: Transformer, prompt: Tensor, length: int, **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def generate(
+    model: Transformer, prompt: Sequence[Ids], length: int, **options: Unpack[_Options]
+) -> list[Tensor]: ...
 def generate(
     model: Transformer,
     prompt: Int[Tensor, "batch seq"] | Sequence[Ids],
@@ -156,8 +153,8 @@ class Generated:
         Generated(sequences=1, tokens=2)
     """
 
-    tokens: list[Int[Tensor, " new"]]
-    log_probs: list[Float[Tensor, " new"]]
+    tokens: list[Int[Tensor, " _new"]]
+    log_probs: list[Float[Tensor, " _new"]]
 
     def __repr__(self) -> str:
         return f"Generated(sequences={len(self.tokens)}, tokens={sum(map(len, self.tokens))})"
@@ -293,7 +290,7 @@ def _up_to_stop(
     values: Num[Tensor, "batch new"],
     new: Int[Tensor, "batch new"],
     stop: int | Sequence[int] | None,
-) -> list[Num[Tensor, " row"]]:
+) -> list[Num[Tensor, " _row"]]:
     """Each row of `values` up to and with the place where `new` has its first stop."""
     if stop is None:
         return list(values)

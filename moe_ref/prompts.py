@@ -14,7 +14,7 @@ NEEDED = "give at least one token, such as the end-of-text"
 
 
 def padded(
-    prompt: Any, mask: Tensor | None
+    prompt: Any, mask: Tensor | None = None
 ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"] | None]:
     """The token ids of a prompt, checked, with all padding before the tokens of a sequence.
 
