@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
@@ -215,7 +216,7 @@ def _start(
     tokens, mask = padded(prompt, mask)
     _check(model, tokens, length)
     seeds = _whole("seed", seed)
-    seeds = seeds * len(tokens) if isinstance(seed, int) else seeds
+    seeds = seeds * len(tokens) if len(seeds) == 1 else seeds
     if len(seeds) != len(tokens):
         raise ValueError(f"seed: {len(seeds)} for {len(tokens)} sequences; give one, or one each")
     stops = [] if stop is None else _whole("stop", stop)
@@ -299,10 +300,12 @@ def _up_to_stop(
     return [row[:n] for row, n in zip(values, (before == 0).sum(dim=1).tolist(), strict=True)]
 
 
-def _whole(name: str, given: int | Sequence[int]) -> list[int]:
+def _whole(name: str, given: Any) -> list[int]:
     """One whole number, or several, as a list."""
+    with suppress(TypeError):
+        return [operator.index(given)]
     try:
-        return [operator.index(x) for x in ([given] if isinstance(given, int) else given)]
+        return [operator.index(x) for x in given]
     except TypeError:
         raise ValueError(f"{name}={given!r} must be a whole number, or a list of them") from None
 

