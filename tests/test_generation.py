@@ -196,6 +196,15 @@ def test_any_of_several_stops_ends_a_sequence_and_each_at_its_own():
     assert len(list(stream(model, PROMPT, 8, stop=stops))) == max(ends)
 
 
+def test_no_stops_at_all_are_as_good_as_none():
+    model = build()
+    for prompt in (PROMPT, PROMPT.tolist()):
+        for one, other in zip(
+            generate(model, prompt, 3, stop=[]), generate(model, prompt, 3), strict=True
+        ):
+            assert torch.equal(one, other)
+
+
 def test_a_cache_of_ones_own_goes_on_with_what_it_holds():
     model = build().eval()
     cache = ContiguousCache(model.config, batch=2, length=11)
