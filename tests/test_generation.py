@@ -108,6 +108,18 @@ def test_a_sequence_gets_the_same_tokens_alone_and_in_any_batch(data, sequences,
         assert set(new[len(own) :]) <= {own[-1]}  # after its stop a sequence repeats it
 
 
+def test_no_penalty_falls_on_a_token_because_it_stands_beside_a_shorter_prompt():
+    model = build()
+    for likeliest in (0, int(PROMPT[0, 0])):  # what padding might hold, and the longer prompt does
+        first = int(generate(model, [[1]], 1)[0][1])
+        with torch.no_grad():
+            rows = [likeliest, first]
+            model.head.weight[rows] = model.head.weight[rows[::-1]]
+        for prompts in ([[1]], [PROMPT[0].tolist(), [1]]):
+            text = generate(model, prompts, 1, repetition_penalty=1e6)[-1]
+            assert text.tolist() == [1, likeliest]
+
+
 def test_a_text_goes_on_with_the_draws_it_would_have_had():
     """Draws belong to positions: it does not matter in how many calls a text is made."""
     model, options = build(), {"temperature": 1.0, "seed": [3, 4]}
@@ -273,11 +285,13 @@ def test_inference_mode_may_come_and_go_between_the_tokens():
     expected = generate(model, PROMPT, 6, **options)
     with torch.inference_mode():
         assert torch.equal(generate(model, PROMPT, 6, **options), expected)
-    flow, new = stream(model, PROMPT, 6, **options), []
-    for step in range(expected.shape[1] - 4):
-        with torch.inference_mode(step % 2 == 0):
-            new.append(next(flow))
-    assert torch.equal(torch.stack(new, dim=1), expected[:, 4:])
+    for start in (True, False):
+        with torch.inference_mode(start):
+            flow, new = stream(model, PROMPT, 6, **options), []
+        for step in range(expected.shape[1] - 4):
+            with torch.inference_mode((step % 2 == 0) == start):
+                new.append(next(flow))
+        assert torch.equal(torch.stack(new, dim=1), expected[:, 4:])
 
 
 def test_a_caller_may_train_between_two_tokens():
