@@ -92,7 +92,7 @@ class ContiguousCache:
         self.values = torch.zeros_like(self.keys)
         self.length = length
         self.lengths = torch.zeros(batch, dtype=torch.long)
-        self.made_for = cache_sizes(config, batch, dtype, self.keys.device)
+        self.made_for: Mapping[str, Any] = cache_sizes(config, batch, dtype, self.keys.device)
 
     def begin(self, seq: int, mask: Bool[Tensor, "batch seq"] | None) -> None:
         self._ends = self.lengths + (seq if mask is None else mask.sum(dim=1))
