@@ -123,7 +123,8 @@ class Blocks:
     def usage(self) -> Usage:
         """Blocks by their state."""
         free, cached = len(self._free), len(self._cached)
-        return Usage(free, cached, self.n_blocks - free - cached, sum(self._holders))
+        held = sum(len(sequence.table) for sequence in self._sequences.values())
+        return Usage(free, cached, self.n_blocks - free - cached, held)
 
     def table(self, sequence: Hashable) -> list[int]:
         """The blocks of a sequence, in order."""
@@ -132,8 +133,6 @@ class Blocks:
     def length(self, sequence: Hashable) -> int:
         """Tokens of a sequence that are stored."""
         return self._get(sequence).length
-
-    # ------------------------------------------------------------------------ sequences
 
     def open(self, sequence: Hashable, tokens: Iterable[int] | None = None) -> int:
         """Begin a sequence with what is there of its tokens already.
@@ -200,11 +199,11 @@ class Blocks:
         self._plan = None
         del self._sequences[sequence]
 
-    # ------------------------------------------------------------------------ steps
-
     def blocks_needed(self, new: Mapping[Hashable, int]) -> int:
         """Blocks that a step takes which stores so many new tokens of each of these sequences."""
-        return self._needed(new, self._copied(new))
+        held = ((self._get(sequence), n) for sequence, n in new.items())
+        grown = sum(self._blocks(h.length + n) - len(h.table) for h, n in held)
+        return grown + len(self._copied(new))
 
     def can_append(self, new: Mapping[Hashable, int]) -> bool:
         """Whether there is room for such a step."""
@@ -224,9 +223,15 @@ class Blocks:
                 is as before.
         """
         for sequence, n in new.items():
-            self._check(sequence, n)
-        copied = self._copied(new)
-        needed = self._needed(new, copied)
+            held = self._get(sequence)
+            if n < 0:
+                raise ValueError(f"sequence {sequence!r} can't store {n} tokens")
+            if held.tokens is not None and held.length + n > len(held.tokens):
+                raise ValueError(
+                    f"sequence {sequence!r} has {len(held.tokens)} tokens, not {held.length + n}:"
+                    " append them before the step"
+                )
+        needed, copied = self.blocks_needed(new), self._copied(new)
         if needed > len(self._free) + len(self._cached):
             raise ValueError(
                 f"out of blocks: the step needs {needed}, and of n_blocks={self.n_blocks} there are"
@@ -289,25 +294,25 @@ class Blocks:
             "cached blocks are found": {*self._cached} <= {*self._hashes},
             "free blocks are not": not {*self._free} & {*self._hashes},
         }
-        texts: dict[int, list[list[int]]] = {}
+        places: dict[int, list[tuple[int, list[int]]]] = {}
         for name, held in sequences.items():
             exact = len(held.table) == len({*held.table}) == self._blocks(held.length)
             rules[f"sequence {name!r} has the blocks of its tokens, each once"] = exact
             if held.tokens is None:
                 continue
             links = [self._link(held, chunk) for chunk in range(held.length // self.block)]
-            rules[f"sequence {name!r} has the hashes of its tokens"] = held.chain == links
+            found = [self._hashes.get(*pair) for pair in zip(held.table, links)]
+            rules[f"sequence {name!r} has the hashes of its tokens"] = held.chain == links == found
             for chunk, block in enumerate(held.table):
                 text = held.tokens[: min(held.length, (chunk + 1) * self.block)]
-                texts.setdefault(block, []).append(text)
-        for block, those in texts.items():
-            agree = all(text == max(those, key=len)[: len(text)] for text in those)
-            rules[f"block {block} is of one text"] = agree
+                places.setdefault(block, []).append((chunk, text))
+        for block, those in places.items():
+            chunk, longest = max(those, key=lambda place: len(place[1]))
+            same = all(place == (chunk, longest[: len(place[1])]) for place in those)
+            rules[f"block {block} is of one place in one text"] = same
         for rule, kept in rules.items():
             if not kept:
                 raise RuntimeError(f"the pool breaks the rule: {rule}")
-
-    # ------------------------------------------------------------------------ inside
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block)
@@ -316,20 +321,6 @@ class Blocks:
         if sequence not in self._sequences:
             raise ValueError(f"sequence {sequence!r} is not open")
         return self._sequences[sequence]
-
-    def _check(self, sequence: Hashable, n: int) -> None:
-        held = self._get(sequence)
-        if n < 0:
-            raise ValueError(f"sequence {sequence!r} can't store {n} tokens")
-        if held.tokens is not None and held.length + n > len(held.tokens):
-            raise ValueError(
-                f"sequence {sequence!r} has {len(held.tokens)} tokens, not {held.length + n}:"
-                " append them before the step"
-            )
-
-    def _needed(self, new: Mapping[Hashable, int], copied: set[Hashable]) -> int:
-        held = ((self._get(sequence), n) for sequence, n in new.items())
-        return sum(self._blocks(h.length + n) - len(h.table) for h, n in held) + len(copied)
 
     def _copied(self, new: Mapping[Hashable, int]) -> set[Hashable]:
         """The sequences of a step that need a copy of their last block, as others hold it too."""

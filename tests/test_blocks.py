@@ -11,7 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from moe_ref.blocks import Blocks, Usage
 
-LETTERS = st.integers(0, 1)  # few, so that texts often begin alike
+# Texts that often begin alike, and part at any place.
+TEXTS = st.tuples(st.sampled_from([[0] * 12, [0] * 5 + [1] * 7]), st.integers(0, 12)).map(
+    lambda drawn: drawn[0][: drawn[1]]
+)
 
 
 def stored(pool, texts, place, new):
@@ -33,33 +36,33 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.pool, self.place = Blocks(7, block=3), {}
+        self.pool, self.place = Blocks(9, block=3), {}
         self.texts, self.lengths, self.count = {}, {}, 0
 
     def name(self):
         self.count += 1
         return self.count
 
-    @rule(tokens=st.lists(LETTERS, max_size=14))
-    def open(self, tokens):
+    @precondition(lambda self: len(self.texts) < 5)
+    @rule(text=TEXTS, at_once=st.booleans())
+    def open(self, text, at_once):
         name = self.name()
-        found = self.pool.open(name, tokens)
-        assert found % 3 == 0 and (found < len(tokens) or not found)
-        self.texts[name], self.lengths[name] = list(tokens), found
+        found = self.pool.open(name, text)
+        assert found % 3 == 0 and (found < len(text) or not found)
+        self.texts[name], self.lengths[name] = list(text), found
+        if at_once:
+            self.take({name: len(text) - found}, breaks=False)
 
-    @precondition(lambda self: self.texts)
-    @rule(data=st.data(), tokens=st.lists(LETTERS, min_size=1, max_size=4))
-    def append(self, data, tokens):
-        name = data.draw(st.sampled_from([*self.texts]))
-        self.pool.append(name, tokens)
-        self.texts[name] += tokens
-
-    @precondition(lambda self: self.texts)
-    @rule(data=st.data())
-    def fork(self, data):
+    @precondition(lambda self: 0 < len(self.texts) < 5)
+    @rule(data=st.data(), goes_on=st.sampled_from(["old", "new", "both"]))
+    def fork(self, data, goes_on):
         old, new = data.draw(st.sampled_from([*self.texts])), self.name()
         self.pool.fork(old, new)
         self.texts[new], self.lengths[new] = list(self.texts[old]), self.lengths[old]
+        for name in {"old": [old], "new": [new], "both": [old, new]}[goes_on]:
+            self.pool.append(name, [name])
+            self.texts[name].append(name)
+        self.take({n: len(self.texts[n]) - self.lengths[n] for n in (old, new)}, breaks=False)
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
@@ -85,11 +88,22 @@ class Machine(RuleBasedStateMachine):
         self.lengths[name] = length
 
     @precondition(lambda self: self.texts)
-    @rule(data=st.data(), breaks=st.sampled_from([False, False, True]))
-    def step(self, data, breaks):
-        names = data.draw(st.lists(st.sampled_from([*self.texts]), unique=True, max_size=4))
-        left = {name: len(self.texts[name]) - self.lengths[name] for name in names}
-        new = {name: data.draw(st.integers(0, n)) for name, n in left.items()}
+    @rule(
+        data=st.data(),
+        added=st.lists(st.lists(st.integers(0, 1), max_size=3), min_size=5, max_size=5),
+        waits=st.sampled_from([0, 0, 0, 1, 3]),
+        breaks=st.sampled_from([False, False, True]),
+    )
+    def step(self, data, added, waits, breaks):
+        names = data.draw(st.lists(st.sampled_from([*self.texts]), unique=True, min_size=1))
+        new = {}
+        for name, tokens in zip(names, added):
+            self.pool.append(name, tokens)
+            self.texts[name] += tokens
+            new[name] = max(len(self.texts[name]) - self.lengths[name] - waits, 0)
+        self.take(new, breaks)
+
+    def take(self, new, breaks):
         before, needed = self.pool.usage, self.pool.blocks_needed(new)
         room = before.free + before.cached
         assert self.pool.can_append(new) == (needed <= room)
@@ -100,16 +114,16 @@ class Machine(RuleBasedStateMachine):
             return
         plan = stored(self.pool, self.texts, self.place, new)
         assert len(plan.taken) == needed
-        written = [
-            b for name, n in new.items() for b in plan.tables[name][self.lengths[name] // 3 :] if n
-        ]
+        tables = {
+            name: plan.tables[name][self.lengths[name] // 3 :] for name, n in new.items() if n
+        }
+        written = [block for table in tables.values() for block in table]
         assert len(written) == len(set(written)), "a block with two writers"
         assert self.pool.usage.used == before.used
-        if breaks:
-            return
-        self.pool.commit(plan)
-        for name, n in new.items():
-            self.lengths[name] += n
+        if not breaks:
+            self.pool.commit(plan)
+            for name, n in new.items():
+                self.lengths[name] += n
 
     @invariant()
     def every_sequence_reads_its_own_text(self):
@@ -123,14 +137,14 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost(self):
         usage = self.pool.usage
-        assert usage.free + usage.cached + usage.used == 7
+        assert usage.free + usage.cached + usage.used == 9
         assert usage.held == sum(-(-length // 3) for length in self.lengths.values())
         if not self.texts:
             assert usage.used == 0
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
 def store(pool, sequence, tokens):
@@ -321,10 +335,14 @@ def test_bad_input_is_answered_by_name_and_changes_nothing(call, message):
         (lambda pool: pool._free.append(0), "a block is free, cached or used"),
         (lambda pool: pool._holders.__setitem__(0, 2), "how many hold it"),
         (lambda pool: pool._found.clear(), "a hash finds the block"),
+        (lambda pool: pool._hashes.__setitem__(3, b""), "a hash finds the block|free blocks"),
         (lambda pool: pool._sequences["a"].tokens.__setitem__(0, 7), "'a' has the hashes"),
         (lambda pool: setattr(pool._sequences["a"], "length", 9), "'a' has the blocks"),
-        (lambda pool: pool._sequences["b"].tokens.__setitem__(4, 7), "block 1 is of one text"),
-        (lambda pool: pool._sequences["c"].table.reverse(), "'c' has the blocks|one text"),
+        (
+            lambda pool: pool._sequences["b"].tokens.__setitem__(4, 7),
+            "block 1 is of one place in one",
+        ),
+        (lambda pool: pool._sequences["c"].table.reverse(), "is of one place in one text"),
     ],
 )
 def test_the_check_names_what_is_broken(breakage, message):
