@@ -76,7 +76,7 @@ def cache_bytes(
         raise ValueError(f"room={room} is less than the longest of lengths, {max(lengths)}")
     if not 0 <= shared <= min(lengths):
         raise ValueError(f"shared={shared} is not from 0 to the shortest length, {min(lengths)}")
-    each = sum(part.places * part.cached for part in parts(model))
+    each: float = sum(part.places * part.cached for part in parts(model))
     each *= max(BYTES[dtype], BYTES["bfloat16"])
     paged = sum(-(-length // block) for length in lengths) * block
     once = (len(lengths) - 1) * (shared // block) * block
