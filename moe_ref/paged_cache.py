@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -16,9 +17,10 @@ class PagedCache(Blocks):
     """Keys and values of sequences that come and go, within a budget of bytes.
 
     The methods of `Blocks` open, fork, cut and free sequences; `batch` makes those of a forward
-    pass a `KVCache`. Logits are to the bit those of a `ContiguousCache` which holds the same keys.
-    A prefix found in the pool has the keys of the pass that stored it, so its logits are equal to
-    rounding: products of other numbers of rows may round otherwise.
+    pass a `KVCache`. Logits are to the bit those of a `ContiguousCache` that holds the same keys,
+    if a head has a multiple of 16 bytes; torch's products of others round by where they stand in
+    memory. A prefix found in the pool has the keys of the pass that stored it, which are those of
+    another pass to rounding: products of other numbers of rows may round otherwise.
 
     Layers with a window keep all tokens, as in a `ContiguousCache`. After a change of the model's
     weights make a new pool, as what is stored was computed from the old ones.
@@ -82,7 +84,7 @@ class PagedCache(Blocks):
         one of its `lengths` is `truncate`.
 
         Raises:
-            ValueError: if a sequence is not open, or named twice.
+            ValueError: if there is none, or one is not open or named twice.
         """
         return PagedBatch(self, sequences)
 
@@ -100,6 +102,8 @@ class PagedBatch:
 
     def __init__(self, pool: PagedCache, sequences: Iterable[Hashable]) -> None:
         self.pool, self.sequences = pool, tuple(sequences)
+        if not self.sequences:
+            raise ValueError("sequences=() are none: a batch needs one at least")
         for row, sequence in enumerate(self.sequences):
             if sequence in self.sequences[:row]:
                 raise ValueError(f"sequence {sequence!r} is in the batch twice")
@@ -117,7 +121,7 @@ class PagedBatch:
         rows = self._plan.tables.values()
         width = max(1, *map(len, rows))
         # Rows are filled up with their own last block: one that another row owns may hold NaN.
-        table = torch.tensor([row + (row[-1:] or [0]) * (width - len(row)) for row in rows])
+        table = torch.from_numpy(np.array([r + (r[-1:] or [0]) * (width - len(r)) for r in rows]))
         at = next_positions(self.lengths, seq, mask)
         places = (table.gather(1, at // block) * block + at % block).flatten()
         self._new: Tensor | None = None
@@ -146,13 +150,13 @@ class PagedBatch:
 
     def _set_back(self) -> None:
         """Bring the pool to `lengths`, where they were lowered."""
-        lengths = self.lengths.tolist()
-        for sequence, held, length in zip(self.sequences, self._held, lengths, strict=True):
+        for sequence, held in zip(self.sequences, self._held, strict=True):
             if self.pool.length(sequence) != held:
                 raise ValueError(f"sequence {sequence!r} has changed: make its batch anew")
-            if length != held:
-                self.pool.truncate(sequence, length)
-        self._held = lengths
+        for row, length in enumerate(self.lengths.tolist()):
+            if length != self._held[row]:
+                self.pool.truncate(self.sequences[row], length)
+                self._held[row] = length
 
     def __repr__(self) -> str:
         return f"PagedBatch({list(self.sequences)}, lengths={self.lengths.tolist()})"

@@ -343,11 +343,18 @@ def test_a_batch_of_sequences_that_have_changed_since_is_refused():
     model(tokens(1, 4), cache=one)
     with pytest.raises(ValueError, match="sequence 'a' has changed: make its batch anew"):
         model(tokens(2, 4), cache=other)
-    one.lengths[0] = 5
-    with pytest.raises(ValueError, match="length=5 is not from 0 to the 4 tokens stored"):
-        model(tokens(1, 4), cache=one)
+    both = pool.batch(["b", "a"])
+    model(tokens(2, 4), cache=both)
+    both.lengths[0], both.lengths[1] = 3, 9
+    with pytest.raises(ValueError, match="length=9 is not from 0 to the 8 tokens stored"):
+        model(tokens(2, 4), cache=both)
+    both.lengths[1] = 8
+    model(tokens(2, 4), cache=both)
+    assert [pool.length(name) for name in "ab"] == [12, 7]
     with pytest.raises(ValueError, match="sequence 'a' is in the batch twice"):
         pool.batch(["a", "b", "a"])
+    with pytest.raises(ValueError, match="a batch needs one at least"):
+        pool.batch([])
     pool.free("a")
     with pytest.raises(ValueError, match="sequence 'a' is not open"):
         model(tokens(1, 4), cache=one)
