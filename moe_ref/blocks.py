@@ -6,9 +6,7 @@
     blocks.append("a", [token])         # what comes next
     blocks.free("a")                    # ended, or preempted
 
-A block is in one of three states: *used*, held by one or more sequences; *cached*, held by none,
-full of tokens that a new sequence may begin with; or *free*. Who holds a block that others hold too
-reads it, and never writes it: it gets a copy first.
+Who holds a block that others hold too reads it, and never writes it: it gets a copy first.
 """
 
 import hashlib
@@ -56,8 +54,10 @@ class Usage:
     """How the blocks of a pool are used.
 
     Attributes:
-        free, cached, used: blocks in each state; together, all.
-        held: used blocks, each counted as often as it is held: what they were without sharing.
+        free: blocks of no use to anybody.
+        cached: blocks that no sequence holds, full of tokens that one may begin with.
+        used: blocks that one sequence holds, or several.
+        held: the same, each as often as it is held: what they were without sharing.
 
     Example:
         >>> Blocks(8).usage
@@ -146,10 +146,7 @@ class Blocks:
             How many of the tokens are stored: whole blocks, and never the last token, whose pass
             gives the first logits.
         """
-        if sequence in self._sequences:
-            raise ValueError(f"sequence {sequence!r} is open already")
-        new = _Sequence(None if tokens is None else _ids(tokens))
-        self._plan = None
+        new = self._add(sequence, _Sequence(None if tokens is None else _ids(tokens)))
         for chunk in range(max(len(new.tokens or ()) - 1, 0) // self.block):
             link = self._link(new, chunk)
             if (block := self._found.get(link)) is None:
@@ -159,7 +156,6 @@ class Blocks:
             self._cached.pop(block, None)
             self._holders[block] += 1
         new.length = len(new.table) * self.block
-        self._sequences[sequence] = new
         return new.length
 
     def append(self, sequence: Hashable, tokens: Iterable[int]) -> None:
@@ -172,11 +168,8 @@ class Blocks:
     def fork(self, sequence: Hashable, new: Hashable) -> None:
         """Open a second sequence with all that the first one holds."""
         old = self._get(sequence)
-        if new in self._sequences:
-            raise ValueError(f"sequence {new!r} is open already")
-        self._plan = None
         tokens = None if old.tokens is None else list(old.tokens)
-        self._sequences[new] = _Sequence(tokens, list(old.table), old.length, list(old.chain))
+        self._add(new, _Sequence(tokens, list(old.table), old.length, list(old.chain)))
         for block in old.table:
             self._holders[block] += 1
 
@@ -224,13 +217,10 @@ class Blocks:
         """
         for sequence, n in new.items():
             held = self._get(sequence)
-            if n < 0:
-                raise ValueError(f"sequence {sequence!r} can't store {n} tokens")
-            if held.tokens is not None and held.length + n > len(held.tokens):
-                raise ValueError(
-                    f"sequence {sequence!r} has {len(held.tokens)} tokens, not {held.length + n}:"
-                    " append them before the step"
-                )
+            left = n if held.tokens is None else len(held.tokens) - held.length
+            if not 0 <= n <= left:
+                told = f"sequence {sequence!r} has {left} tokens to store, not {n}"
+                raise ValueError(f"{told}: append them before the step")
         needed, copied = self.blocks_needed(new), self._copied(new)
         if needed > len(self._free) + len(self._cached):
             raise ValueError(
@@ -238,10 +228,10 @@ class Blocks:
                 f" {len(self._free)} free and {len(self._cached)} cached; free a sequence first"
             )
         while len(self._free) < needed:
-            block = next(iter(self._cached))
-            self._forget(block)
-            del self._cached[block]
-            self._free.append(block)
+            oldest = next(iter(self._cached))
+            self._forget(oldest)
+            del self._cached[oldest]
+            self._free.append(oldest)
         taken = self._free[len(self._free) - needed :][::-1]
         rest, ends, tables, copies = iter(taken), {}, {}, []
         for sequence, n in new.items():
@@ -273,9 +263,8 @@ class Blocks:
         for sequence, table in plan.tables.items():
             done = self._sequences[sequence]
             done.table, done.length = table, plan.ends[sequence]
-            if done.tokens is None:
-                continue
-            for chunk in range(len(done.chain), done.length // self.block):
+            full = 0 if done.tokens is None else done.length // self.block
+            for chunk in range(len(done.chain), full):
                 done.chain.append(self._link(done, chunk))
                 if done.chain[-1] not in self._found:
                     self._found[done.chain[-1]] = table[chunk]
@@ -285,14 +274,12 @@ class Blocks:
         """Raise a RuntimeError that names a rule which the pool breaks. For tests: it is slow."""
         sequences, every = self._sequences, range(self.n_blocks)
         holders = Counter(block for held in sequences.values() for block in held.table)
-        states = [*self._free, *self._cached, *holders]
+        cached, states = {*self._cached}, [*self._free, *self._cached, *holders]
         rules = {
             "a block is free, cached or used": sorted(states) == list(every),
             "a block knows how many hold it": self._holders == [holders[block] for block in every],
-            "a hash finds the block that it is of": {*self._found.items()}
-            == {(link, block) for block, link in self._hashes.items()},
-            "cached blocks are found": {*self._cached} <= {*self._hashes},
-            "free blocks are not": not {*self._free} & {*self._hashes},
+            "a hash finds its block": self._found == {h: b for b, h in self._hashes.items()},
+            "cached is what is found and not held": cached == {*self._hashes} - {*holders},
         }
         places: dict[int, list[tuple[int, list[int]]]] = {}
         for name, held in sequences.items():
@@ -317,6 +304,12 @@ class Blocks:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block)
 
+    def _add(self, sequence: Hashable, new: _Sequence) -> _Sequence:
+        if sequence in self._sequences:
+            raise ValueError(f"sequence {sequence!r} is open already")
+        self._plan, self._sequences[sequence] = None, new
+        return new
+
     def _get(self, sequence: Hashable) -> _Sequence:
         if sequence not in self._sequences:
             raise ValueError(f"sequence {sequence!r} is not open")
@@ -338,17 +331,14 @@ class Blocks:
         """Give blocks back, the last first: without those before it, a block is never found."""
         for block in reversed(blocks):
             self._holders[block] -= 1
-            if self._holders[block]:
-                continue
-            if block in self._hashes:
+            if not self._holders[block] and block in self._hashes:
                 self._cached[block] = None
-            else:
+            elif not self._holders[block]:
                 self._free.append(block)
 
     def _forget(self, block: int) -> None:
         """Let a block not be found any more."""
-        if (link := self._hashes.pop(block, None)) is not None:
-            del self._found[link]
+        self._found.pop(self._hashes.pop(block, b""), None)
 
     def _link(self, held: _Sequence, chunk: int) -> bytes:
         """The hash of all tokens up to the end of a block, from that of the block before it."""
