@@ -54,15 +54,16 @@ class Machine(RuleBasedStateMachine):
             self.take({name: len(text) - found}, breaks=False)
 
     @precondition(lambda self: 0 < len(self.texts) < 5)
-    @rule(data=st.data(), goes_on=st.sampled_from(["old", "new", "both"]))
+    @rule(data=st.data(), goes_on=st.sampled_from(["none", "old", "new", "both"]))
     def fork(self, data, goes_on):
         old, new = data.draw(st.sampled_from([*self.texts])), self.name()
         self.pool.fork(old, new)
         self.texts[new], self.lengths[new] = list(self.texts[old]), self.lengths[old]
-        for name in {"old": [old], "new": [new], "both": [old, new]}[goes_on]:
+        names = {"none": [], "old": [old], "new": [new], "both": [old, new]}[goes_on]
+        for name in names:
             self.pool.append(name, [name])
             self.texts[name].append(name)
-        self.take({n: len(self.texts[n]) - self.lengths[n] for n in (old, new)}, breaks=False)
+        self.take({n: len(self.texts[n]) - self.lengths[n] for n in names}, breaks=False)
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
