@@ -146,7 +146,7 @@ def errors(experts: Experts, quantised: "QuantisedExperts") -> Float[Tensor, " n
         lost = whole = 0.0
         for weight, held in zip((experts.input_weight, experts.down), quantised.weights):
             theirs = weight[e].double()
-            lost += float((held.decode(e, torch.float64) - theirs).square().sum())
+            lost += float((held.decode(e) - theirs).square().sum())
             whole += float(theirs.square().sum())
         found.append((lost / whole) ** 0.5 if whole else 0.0)
     return torch.tensor(found)
@@ -219,7 +219,7 @@ class QuantisedExperts(nn.Module):
         experts.to(scales.dtype).to_empty(device=scales.device).train(self.training)
         for name, held in zip((self._input, "down"), self.weights):
             for e, weight in enumerate(getattr(experts, name)):
-                weight.copy_(held.decode(e, scales.dtype))
+                weight.copy_(held.decode(e))
             if bias:
                 getattr(experts, f"{name}_bias").copy_(getattr(self, f"{name}_bias"))
         return experts

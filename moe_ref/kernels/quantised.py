@@ -12,6 +12,7 @@ from .cpu import linear
 
 Bits = int | Sequence[int]
 TILE = 2**20  # numbers that are decoded at a time: measured by `python benchmarks/quantise.py`
+FEW_ROWS = 1  # of 16 bits, that are multiplied in float32, which spares rounding the tile
 
 
 class QuantisedWeight(nn.Module):
@@ -30,7 +31,7 @@ class QuantisedWeight(nn.Module):
 
     Example:
         >>> held = QuantisedWeight(torch.tensor([[[7.0, -3.0, 0.4, 0.0]]]), bits=4)
-        >>> held.decode(0, torch.float32), held.codes.tolist(), held.scales.tolist()
+        >>> held.decode(0), held.codes.tolist(), held.scales.tolist()
         (tensor([[ 7., -3.,  0.,  0.]]), [7, 13], [[[1.0]]])
     """
 
@@ -71,25 +72,31 @@ class QuantisedWeight(nn.Module):
         return self.codes[start : self._ends[e]].view(self.outputs, -1)
 
     def decode(
-        self, e: int, dtype: torch.dtype, part: slice = slice(None)
+        self, e: int, first: int = 0, out: Float[Tensor, "rows inputs"] | None = None
     ) -> Float[Tensor, "rows inputs"]:
-        """Some rows of matrix e; the product s q is taken in float32 at least, and rounded once."""
-        work = torch.promote_types(dtype, torch.float32)
-        q, scales = self._codes(e)[part], self.scales[e, part].to(work)
-        if self.bits[e] == 4:
-            q = torch.cat([q << 4 >> 4, q >> 4], dim=-1)[:, : self.inputs]
-        w, whole = q.to(work), self.inputs // self.group
-        full = w[:, : whole * self.group].unflatten(1, (whole, self.group))
+        """Matrix e, or as many of its rows as `out` has, from `first` on, written there."""
+        if out is None:
+            dtype = torch.promote_types(self.scales.dtype, torch.float32)
+            out = self.scales.new_empty(self.outputs, self.inputs, dtype=dtype)
+        rows = slice(first, first + len(out))
+        q, scales = self._codes(e)[rows], self.scales.detach()[e, rows].to(out.dtype)
+        if self.bits[e] == 8:
+            out.copy_(q)
+        else:
+            half = q.shape[1]
+            out[:, :half] = (q << 4).bitwise_right_shift_(4)
+            out[:, half:] = (q >> 4)[:, : self.inputs - half]
+        whole = self.inputs // self.group
+        full = out[:, : whole * self.group].unflatten(1, (whole, self.group))
         full.mul_(scales[:, :whole, None])
-        w[:, whole * self.group :].mul_(scales[:, whole:])
-        return w.to(dtype)
+        out[:, whole * self.group :].mul_(scales[:, whole:])
+        return out
 
-    def tiles(self, e: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Matrix e, some rows at a time, and which rows these are."""
-        step = max(1, TILE // self.inputs)
-        for first in range(0, self.outputs, step):
-            part = slice(first, first + step)
-            yield part, self.decode(e, dtype, part)
+    def tiles(self, e: int, scratch: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Matrix e, as many rows at a time as scratch has, and which rows these are."""
+        for first in range(0, self.outputs, len(scratch)):
+            rows = slice(first, min(first + len(scratch), self.outputs))
+            yield rows, self.decode(e, first, scratch[: rows.stop - first])
 
     def extra_repr(self) -> str:
         mean = sum(self.bits) / len(self.bits)
@@ -143,17 +150,21 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(rows, sizes, weight, transposed):  # type: ignore[no-untyped-def]
+        work = torch.promote_types(rows.dtype, torch.float32)
+        tall = min(weight.outputs, max(1, TILE // weight.inputs))
+        scratch = rows.new_empty(tall, weight.inputs, dtype=work)
         outputs = weight.inputs if transposed else weight.outputs
-        dtype = torch.promote_types(rows.dtype, torch.float32) if transposed else rows.dtype
-        y, start = rows.new_zeros(len(rows), outputs, dtype=dtype), 0
+        y, start = rows.new_zeros(len(rows), outputs, dtype=work if transposed else None), 0
         for e, size in enumerate(sizes):
-            if size:
-                run, place = rows[start : start + size], y[start : start + size]
-                for part, tile in weight.tiles(e, rows.dtype):
-                    if transposed:  # a sum over tiles, in float32 at least
-                        place += run[:, part] @ tile
-                    else:
-                        place[:, part] = linear(run, tile, None)
+            if not size:
+                continue
+            run, place = rows[start : start + size], y[start : start + size]
+            run = run.to(work) if size <= FEW_ROWS else run
+            for part, tile in weight.tiles(e, scratch):
+                if transposed:  # a sum over tiles
+                    place += run[:, part] @ tile.to(run.dtype)
+                else:
+                    place[:, part] = linear(run, tile, None)
             start += size
         return y.to(rows.dtype)
 
