@@ -21,6 +21,7 @@ from .ffn import activate, autocast_dtype
 from .kernels.quantised import Bits, QuantisedWeight, product
 
 Model = TypeVar("Model", bound=nn.Module)
+Plan = Mapping[str, tuple[Bits, int]]  # bits and group of parts of a model, by their names
 
 
 def quantise(experts: Experts, bits: Bits = 8, group: int = 32) -> "QuantisedExperts":
@@ -94,7 +95,7 @@ def quantise_model(
     return replaced(model, plan)
 
 
-def replaced(model: Model, plan: Mapping[str, tuple[Bits, int]]) -> Model:
+def replaced(model: Model, plan: Plan) -> Model:
     """A copy of a model in which some parts are quantised: bits and group by the part's name."""
     new: dict[int, Any] = {}  # what deepcopy is to take in place of a copy
     for name, (bits, group) in plan.items():
@@ -112,7 +113,7 @@ def replaced(model: Model, plan: Mapping[str, tuple[Bits, int]]) -> Model:
     return copy.deepcopy(model, new)
 
 
-def plan_of(model: nn.Module) -> dict[str, tuple[int | list[int], int]]:
+def plan_of(model: nn.Module) -> Plan:
     """Bits and group of each quantised part of a model, by its name: what `replaced` takes."""
     kinds = tuple(KINDS.values())
     return {

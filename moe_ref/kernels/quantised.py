@@ -61,8 +61,8 @@ class QuantisedWeight(nn.Module):
         scales = weight.new_empty(*weight.shape[:2], -(-self.inputs // group))
         self.register_buffer("codes", codes)
         self.scales = nn.Parameter(scales, requires_grad=False)
-        for e, matrix in enumerate(weight.detach()):
-            if not (weight.is_meta or matrix.isfinite().all()):
+        for e, matrix in enumerate(() if weight.is_meta else weight.detach()):
+            if not matrix.isfinite().all():
                 raise ValueError(f"{name}[{e}] holds NaN or infinity, which no code stands for")
             coded, self.scales.data[e] = encode(matrix, self.bits[e], group)
             self._codes(e).copy_(coded)
