@@ -24,7 +24,7 @@ from ..routers import TopKRouter
 from . import gpt_oss, granite, mixtral, olmoe, qwen2_moe, qwen3
 from .family import Family, Layout, read
 from .folder import weight_files as weight_files
-from .quantised import METHOD, places, quantised, read_mark, write_mark
+from .quantised import places, quantised, read_mark, write_mark
 from .reading import read_into
 from .writing import write_model
 
@@ -112,7 +112,7 @@ def save(
         check_sizes(shard_size=shard_size)
     family, settings = _written(model.config)
     settings["dtype"] = str(dtype or model.embedding.weight.dtype).removeprefix("torch.")
-    settings |= write_mark(model)
+    settings = write_mark(settings, model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"config.json": json.dumps(settings, indent=2) + "\n"}
@@ -218,8 +218,8 @@ def _described(folder: Path) -> tuple[Layout, TransformerConfig, Plan]:
     if not folder.is_dir():
         raise FileNotFoundError(_nowhere(folder))
     path = _existing(folder / "config.json")
-    settings = read_object(path)
     try:
+        settings, plan = read_mark(read_object(path))
         kind = read(settings, "model_type", str)
         if kind in LACKING and kind not in FAMILIES:
             raise ValueError(
@@ -229,17 +229,12 @@ def _described(folder: Path) -> tuple[Layout, TransformerConfig, Plan]:
         if kind not in FAMILIES:
             raise ValueError(f"model_type={kind!r} is none of {', '.join(FAMILIES)}")
         config = FAMILIES[kind].read_config(settings)
-        layout, about = (
-            FAMILIES[kind].layout(config),
-            read(settings, "quantization_config", dict, {}),
-        )
-        method = about.get("quant_method")
-        if method == METHOD:
-            plan = read_mark(about)
-            return places(layout, plan), config, plan
+        layout = FAMILIES[kind].layout(config)
+        about = read(settings, "quantization_config", dict, {})
         if about and not any(place.coded for place in layout.values()):
+            method = about.get("quant_method")
             raise ValueError(f"quant_method={method!r}: quantised weights of {kind} are not read")
-        return layout, config, {}
+        return places(layout, plan), config, plan
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -1,11 +1,13 @@
 """Quantised parts of a checkpoint: the mark in config.json, and the names of their tensors.
 
-    "quantization_config": {"quant_method": "moe_ref", "version": 1, "modules": {
-        "blocks.0.mlp.experts": {"bits": 8, "group_size": 32}, ...}}
+    "model_type": "moe_ref", "quantization_config": {
+        "quant_method": "moe_ref", "version": 1, "model_type": "mixtral", "modules": {
+            "blocks.0.mlp.experts": {"bits": 8, "group_size": 32}, ...}}
 
 Bits are a list where experts differ. The tensors of such a part have the names and the form that
-they have in the model, as `kernels.quantised.QuantisedWeight` describes it; all others have those
-of the family. Other readers refuse the mark by its quant_method.
+they have in the model, as `kernels.quantised.QuantisedWeight` describes it; all else is as in the
+family whose model_type stands inside. The one outside is for other readers: transformers refuses a
+model_type that it doesn't know, but for an unknown quant_method draws the weights at random.
 """
 
 from collections.abc import Mapping
@@ -20,23 +22,29 @@ METHOD, VERSION = "moe_ref", 1
 TENSORS = ("codes", "scales")  # of a quantised weight
 
 
-def write_mark(model: nn.Module) -> dict[str, Any]:
-    """What config.json says of a model's quantised parts; nothing, if it has none."""
+def write_mark(settings: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The config.json of a model, marked if it has quantised parts."""
     parts = {name: {"bits": b, "group_size": g} for name, (b, g) in plan_of(model).items()}
-    about = {"quant_method": METHOD, "version": VERSION, "modules": parts}
-    return {"quantization_config": about} if parts else {}
+    if not parts:
+        return settings
+    about = {"quant_method": METHOD, "version": VERSION, "model_type": settings["model_type"]}
+    return settings | {"model_type": METHOD, "quantization_config": about | {"modules": parts}}
 
 
-def read_mark(about: Mapping[str, Any]) -> Plan:
-    """Bits and group of each quantised part, by its name; ValueError if they make no sense."""
+def read_mark(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], Plan]:
+    """A config.json without the mark, and bits and group of each quantised part, by its name."""
+    if settings.get("model_type") != METHOD:
+        return settings, {}
+    about = read(settings, "quantization_config", dict)
     if (version := read(about, "version", int)) != VERSION:
-        raise ValueError(f"version={version} of quant_method={METHOD!r} is not {VERSION}")
+        raise ValueError(f"version={version} of model_type={METHOD!r} is not {VERSION}")
     plan = {}
     for name, part in read(about, "modules", dict).items():
         if not isinstance(part, dict) or "bits" not in part:
             raise ValueError(f"{name}: {part!r} must be an object with bits and group_size")
         plan[name] = (part["bits"], read(part, "group_size", int))
-    return plan
+    kind = read(about, "model_type", str)
+    return {**settings, "model_type": kind, "quantization_config": None}, plan
 
 
 def places(layout: Layout, plan: Plan) -> Layout:
