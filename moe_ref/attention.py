@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .kernels.cpu import Linear
 from .kv_cache import KVCache, all_equal, check_cache, next_positions
-from .rotary import check_heads, rotary_angles, rotate
+from .rotary import check_heads, rotary_angles, rotate, turns
 
 
 class Attention(nn.Module):
@@ -67,10 +68,8 @@ class Attention(nn.Module):
         self.head_features = d_model // n_heads if d_head is None else d_head
         self.qk_norm, self.window, self.scale = qk_norm, window, scale
         queries, keys = n_heads * self.head_features, n_kv_heads * self.head_features
-        self.query = nn.Linear(d_model, queries, bias=qkv_bias)
-        self.key = nn.Linear(d_model, keys, bias=qkv_bias)
-        self.value = nn.Linear(d_model, keys, bias=qkv_bias)
-        self.out = nn.Linear(queries, d_model, bias=out_bias)
+        self.qkv = Linear(d_model, queries + 2 * keys, bias=qkv_bias)
+        self.out = Linear(queries, d_model, bias=out_bias)
         if qk_norm is not None:
             each = qk_norm == "heads"
             self.query_norm = nn.RMSNorm(self.head_features if each else queries, norm_eps)
@@ -78,7 +77,7 @@ class Attention(nn.Module):
         self.register_parameter("sinks", nn.Parameter(torch.zeros(n_heads)) if sinks else None)
 
     def extra_repr(self) -> str:
-        d_model = self.query.in_features
+        d_model = self.qkv.in_features
         said = f"d_model={d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}"
         if self.head_features * self.n_heads != d_model:
             said += f", d_head={self.head_features}"
@@ -95,29 +94,35 @@ class Attention(nn.Module):
             step: from `prepare`, the same for all blocks.
             layer: number of the block, from 0: where in the cache its keys and values are.
         """
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.qk_norm == "all":
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = (self._split(y) for y in (q, k, v))
-        if self.qk_norm == "heads":
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        n_heads, n_kv_heads = self.n_heads, self.n_kv_heads
+        qk, v = self._project(x).split([n_heads + n_kv_heads, n_kv_heads], dim=1)
+        q, k = rotate(qk, step.cos, step.sin).split([n_heads, n_kv_heads], dim=1)
         if step.cache is not None:
             k, v = step.cache.extend(layer, k, v)
         visible = step.visible if self.window is None else step.windowed[self.window]
         y = attend(q, k, v, visible, scale=self.scale, sinks=self.sinks)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(y.transpose(1, 2).reshape(*x.shape[:2], self.out.in_features))
 
-    def _split(self, x: Tensor) -> Float[Tensor, "batch heads seq features"]:
-        return x.unflatten(-1, (-1, self.head_features)).transpose(1, 2)
+    def _project(self, x: Tensor) -> Float[Tensor, "batch heads seq features"]:
+        """Heads of queries, then of keys, then of values."""
+        sizes = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
+        y, heads = self.qkv(x), (*x.shape[:2], sum(sizes), self.head_features)
+        if self.qk_norm is None:
+            return y.view(heads).transpose(1, 2)
+        each = self.qk_norm == "heads"
+        y = y.view(heads) if each else y
+        sizes = sizes if each else [self.head_features * size for size in sizes]
+        q, k, v = y.split(sizes, dim=2)
+        y = torch.cat([self.query_norm(q), self.key_norm(k), v], dim=2)
+        return y.view(heads).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """What the blocks of one forward pass share, computed once by `prepare`."""
 
-    cos: Float[Tensor, "rows 1 seq half"]  # of the rotary angles; one row if all would be equal
-    sin: Float[Tensor, "rows 1 seq half"]
+    cos: Float[Tensor, "rows 1 seq features"]  # for `rotate`; one row if all would be equal
+    sin: Float[Tensor, "rows 1 seq features"]
     visible: Bool[Tensor, "rows 1 seq total"] | None  # keys that a query sees; None: see `attend`
     windowed: Mapping[int, Bool[Tensor, "rows 1 seq total"] | None]  # the same, for each window
     cache: KVCache | None
@@ -169,9 +174,8 @@ def prepare(
     at = (at[:1] if alike else at).to(x.device)  # one row will do for all
     visible, windowed = _visible(at, real, bool(masked), config.windows, reach, cache is not None)
     angles = rotary_angles(at, config.head_features, config.rope_theta, config.yarn)[:, None]
-    size = 1.0 if config.yarn is None else config.yarn.amplitude
-    cos, sin = ((size * turn).to(x.dtype) for turn in (angles.cos(), angles.sin()))
-    return Step(cos, sin, visible, windowed, cache)
+    cos, sin = turns(angles, 1.0 if config.yarn is None else config.yarn.amplitude)
+    return Step(cos.to(x.dtype), sin.to(x.dtype), visible, windowed, cache)
 
 
 def attend(

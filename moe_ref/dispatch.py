@@ -107,7 +107,8 @@ def combine(
     It is taken in float32 at least, in the order of the slots: the same bits every time.
     """
     if plan.served is None:
-        return WeightedSum.apply(rows, routing.weights, plan.order).to(rows.dtype)
+        add_up = WeightedSum.apply if torch.is_grad_enabled() else weighted_sum
+        return add_up(rows, routing.weights, plan.order).to(rows.dtype)
     home = plan.order.argsort()  # plain operations: a graph makes its own backward
     by_slot = only_served(rows, plan).index_select(0, home).unflatten(0, routing.weights.shape)
     return (by_slot * routing.weights[..., None]).sum(dim=1).to(rows.dtype)
@@ -121,33 +122,45 @@ def only_served(rows: Float[Tensor, "rows d_model"], plan: Plan) -> Float[Tensor
     return rows.masked_fill((place >= plan.served)[:, None], 0)
 
 
-class WeightedSum(torch.autograd.Function):
+def weighted_sum(
+    rows: Float[Tensor, "rows d_model"],
+    weights: Float[Tensor, "tokens slots"],
+    order: Int[Tensor, " rows"],
+) -> Float[Tensor, "tokens d_model"]:
     """y[t] = sum over slots s of weights[t, s] * rows[the row of slot t, s].
 
-    It goes slot by slot, and so makes no tensor of the size of all rows; autograd, left to itself,
-    would make one for each slot. The gradient of a row is weights[t, s] * grad[t], that of a
+    It goes slot by slot, and so makes no tensor of the size of all rows.
+    """
+    dtype = torch.promote_types(rows.dtype, weights.dtype)
+    y = torch.zeros(len(weights), rows.shape[-1], dtype=dtype, device=rows.device)
+    if len(rows) == 0:
+        return y
+    # The row of each slot; one that nobody serves has none, and adds 0.
+    place = torch.zeros(weights.numel(), dtype=torch.long, device=order.device)
+    place.scatter_(0, order, torch.arange(len(order), device=order.device))
+    dropped = None
+    if len(order) < weights.numel():
+        dropped = torch.ones_like(place, dtype=torch.bool).scatter_(0, order, False)
+        dropped = dropped.view_as(weights)[..., None]
+    shares = weights[..., None].unbind(1)
+    for slot, where in enumerate(place.view_as(weights).unbind(1)):
+        outputs = rows.index_select(0, where)
+        if dropped is not None:
+            outputs.masked_fill_(dropped[:, slot], 0)
+        y.addcmul_(outputs, shares[slot])
+    return y
+
+
+class WeightedSum(torch.autograd.Function):
+    """`weighted_sum` with its gradients; autograd, left to itself, would keep a tensor per slot.
+
+    The gradient of a row is weights[t, s] * grad[t], that of a
     weight is rows[...] . grad[t].
     """
 
     @staticmethod
     def forward(rows, weights, order):  # type: ignore[no-untyped-def]
-        dtype = torch.promote_types(rows.dtype, weights.dtype)
-        y = torch.zeros(len(weights), rows.shape[-1], dtype=dtype, device=rows.device)
-        if len(rows) == 0:
-            return y
-        # The row of each slot; one that nobody serves has none, and adds 0.
-        place = torch.zeros(weights.numel(), dtype=torch.long, device=order.device)
-        place[order] = torch.arange(len(order), device=order.device)
-        dropped = None
-        if len(order) < weights.numel():
-            dropped = torch.ones_like(place, dtype=torch.bool)
-            dropped[order] = False
-        for slot in range(weights.shape[1]):
-            outputs = rows.index_select(0, place.view(weights.shape)[:, slot])
-            if dropped is not None:
-                outputs.masked_fill_(dropped.view(weights.shape)[:, slot, None], 0)
-            y.addcmul_(outputs, weights[:, slot, None])
-        return y
+        return weighted_sum(rows, weights, order)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -27,7 +27,7 @@ class Experts(nn.Module):
     | loop | one expert after the other | any dtype |
     | padded | one batched product, every run of rows filled up to the longest | any dtype |
     | grouped | torch's grouped_mm | 16 or 32 bits, rows of a multiple of 16 bytes |
-    | auto | the faster of loop and grouped, by a measured rule | any dtype |
+    | auto | the fastest of the others, by a measured rule | any dtype |
 
     Args:
         n_experts: how many blocks.
@@ -103,15 +103,15 @@ class Experts(nn.Module):
             raise ValueError(f"rows have {rows.shape[-1]} features, not d_model={self.d_model}")
         # The host would have to wait for a GPU's sum, and a graph has none yet.
         known = counts.device.type == "cpu" and not torch.compiler.is_compiling()
-        if known and counts.sum() != len(rows):
-            raise ValueError(f"counts sum to {counts.sum()}, but there are {len(rows)} rows")
+        if known and (total := int(counts.sum())) != len(rows):
+            raise ValueError(f"counts sum to {total}, but there are {len(rows)} rows")
         if autocast_dtype(rows) is None and rows.dtype != self.down.dtype:
             raise ValueError(f"rows are {rows.dtype}, but the experts are {self.down.dtype}")
 
     def _choose(self, rows: Tensor, counts: Tensor) -> str:
         """The backend asked for, or what "auto" means for these rows."""
         if self.backend == "auto":
-            return "grouped" if auto_takes_grouped(rows, counts, self) else "loop"
+            return auto_backend(rows, counts, self)
         if self.backend == "grouped" and (torch.compiler.is_compiling() or rows.is_meta):
             # torch.compile and the meta device know grouped_mm in bfloat16 only.
             return "grouped" if rows.dtype == torch.bfloat16 else "loop"
@@ -129,21 +129,34 @@ class Experts(nn.Module):
         return f"{sizes}, activation={self.activation}{bias}, backend={self.backend}"
 
 
-# With at most so many rows for each busy expert grouped_mm beats the loop in bfloat16 on a CPU:
-# measured by `python benchmarks/layer.py`.
-AUTO_GROUPED = 16
+# On a CPU, grouped_mm beats the loop with at most so many rows for each busy expert: measured by
+# `python benchmarks/layer.py`, and for small weights by `python benchmarks/decode.py`.
+AUTO_GROUPED = {torch.bfloat16: 16, torch.float32: 64}
+AUTO_LOOP = 3  # float32 rows that the loop takes anyway
+AUTO_PADDED = 4  # bfloat16 rows that may be multiplied for each that there is
 
 
-def auto_takes_grouped(rows: Tensor, counts: Tensor, experts: Experts) -> bool:
-    """Whether grouped_mm is the faster backend for these rows, and can take them."""
+def auto_backend(rows: Tensor, counts: Tensor, experts: Experts) -> str:
+    """The name of the fastest backend for these rows.
+
+    A product with a small weight takes less time than to start it. In float32 grouped_mm then gives
+    the bits of the loop, but the loop has the better gradients; in bfloat16 one padded product is
+    fastest, unless one expert is so busy that most of it would be padding.
+    """
     if not supports_grouped(rows, experts):
-        return False
+        return "loop"
     if torch.compiler.is_compiling():  # no counts yet, and grouped_mm in bfloat16 only
-        return rows.is_cuda and rows.dtype == torch.bfloat16
-    if rows.device.type != "cpu" or rows.dtype != torch.bfloat16:
-        return rows.is_cuda
-    busy = max(1, int((counts > 0).sum()))
-    return len(rows) / busy <= AUTO_GROUPED
+        return "grouped" if rows.is_cuda and rows.dtype == torch.bfloat16 else "loop"
+    if rows.device.type != "cpu" or rows.dtype not in AUTO_GROUPED:
+        return "grouped" if rows.is_cuda else "loop"
+    small = experts.input_weight[0].numel() < cpu.LARGE
+    if rows.dtype == torch.float32:
+        if torch.is_grad_enabled() or not small or len(rows) <= AUTO_LOOP:
+            return "loop"
+    elif small and experts.n_experts * int(counts.max()) <= AUTO_PADDED * len(rows):
+        return "padded"
+    busy = int((counts > 0).sum())
+    return "grouped" if len(rows) <= busy * AUTO_GROUPED[rows.dtype] else "loop"
 
 
 # ---------------------------------------------------------------- the loop
@@ -161,11 +174,13 @@ def run_loop(
     if torch.is_grad_enabled():
         hidden = activate(GroupedLinear.apply(rows, sizes, w_in, b_in), experts.activation)
         return GroupedLinear.apply(hidden, sizes, w_out, b_out)
-    y = torch.empty_like(rows)
-    for e, (run, place) in enumerate(zip(rows.split(sizes), y.split(sizes), strict=True)):
-        if sizes[e]:  # both products of an expert at once: its hidden rows are in the CPU's cache
+    y, start = torch.empty_like(rows), 0
+    for e, size in enumerate(sizes):
+        if size:  # both products of an expert at once: its hidden rows are in the CPU's cache
+            run = rows.narrow(0, start, size)
             hidden = activate(cpu.linear(run, w_in[e], of(b_in, e)), experts.activation)
-            place.copy_(cpu.linear(hidden, w_out[e], of(b_out, e)))
+            y.narrow(0, start, size).copy_(cpu.linear(hidden, w_out[e], of(b_out, e)))
+            start += size
     return y
 
 

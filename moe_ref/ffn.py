@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ._validate import check_choice, check_sizes
+from .kernels.cpu import Linear
 
 
 def clipped_swiglu(gate: Float[Tensor, "*rows d_ff"], up: Float[Tensor, "*rows d_ff"]) -> Tensor:
@@ -60,10 +61,10 @@ class FeedForward(nn.Module):
         self.d_model, self.d_ff = d_model, d_ff
         self.activation = activation
         if is_gated(activation):
-            self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=bias)
+            self.gate_up = Linear(d_model, 2 * d_ff, bias=bias)
         else:
-            self.up = nn.Linear(d_model, d_ff, bias=bias)
-        self.down = nn.Linear(d_ff, d_model, bias=bias)
+            self.up = Linear(d_model, d_ff, bias=bias)
+        self.down = Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         hidden = self.gate_up(x) if is_gated(self.activation) else self.up(x)

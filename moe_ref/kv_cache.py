@@ -92,14 +92,17 @@ class ContiguousCache:
         self.values = torch.zeros_like(self.keys)
         self.length = length
         self.lengths = torch.zeros(batch, dtype=torch.long)
-        self.made_for = cache_sizes(config, batch, dtype, self.keys.device)
+        self.made_for: Mapping[str, Any] = cache_sizes(config, batch, dtype, self.keys.device)
 
     def begin(self, seq: int, mask: Bool[Tensor, "batch seq"] | None) -> None:
         self._ends = self.lengths + (seq if mask is None else mask.sum(dim=1))
         longest = int(self._ends.max())
         if longest > self.length:
             raise ValueError(f"the cache has room for length={self.length} tokens, not {longest}")
-        self._all, self._new = slice(max(longest, 1)), slice(longest - seq, longest)
+        stores = self.keys, self.values
+        self._all = [store.narrow(-2, 0, max(longest, 1)) for store in stores]
+        # Of use, and within the store, if all sequences go on at the same position.
+        self._new = [store.narrow(-2, max(longest - seq, 0), min(seq, longest)) for store in stores]
         self._scattered: Int[Tensor, "3 new"] | None = None
         if mask is not None or not all_equal(self.lengths):
             mask = torch.ones(len(self.lengths), seq, dtype=torch.bool) if mask is None else mask
@@ -108,13 +111,14 @@ class ContiguousCache:
             self._scattered = torch.stack([rows, columns, at]).to(self.keys.device)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            if self._scattered is None:
-                store[:, :, self._new] = new
-            else:
-                rows, columns, at = self._scattered
+        if self._scattered is None:
+            for place, new in zip(self._new, (keys, values), strict=True):
+                place[layer].copy_(new)
+        else:
+            rows, columns, at = self._scattered
+            for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
                 store[rows, :, at] = new[rows, :, columns].to(store.dtype)
-        return self.keys[layer, :, :, self._all], self.values[layer, :, :, self._all]
+        return self._all[0][layer], self._all[1][layer]
 
     def commit(self) -> None:
         self.lengths = self._ends

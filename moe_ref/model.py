@@ -22,6 +22,7 @@ from .capacity import Capacity
 from .config import TransformerConfig
 from .experts import Experts
 from .ffn import FeedForward
+from .kernels.cpu import Linear
 from .kv_cache import KVCache
 from .layer import Mix, MoELayer
 from .routers import make_router
@@ -69,7 +70,7 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
 
@@ -278,13 +279,12 @@ def fold_scale(model: Transformer) -> Transformer:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradient; afterwards each part of the model has the mode it had."""
-    modes = {module: module.training for module in model.modules()}
+    training = [module for module in model.modules() if module.training]
     try:
-        if any(modes.values()):
+        if training:  # setting a mode is slow, and decode is here for each token
             model.eval()
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            if module.training != mode:  # setting it is slow, and decode is here for each token
-                module.training = mode
+        for module in training:
+            module.training = True

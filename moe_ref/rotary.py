@@ -87,15 +87,25 @@ def rotary_angles(
     return positions.float()[..., None] * speeds
 
 
+def turns(
+    angles: Float[Tensor, "*rows seq half"], amplitude: float = 1.0
+) -> tuple[Float[Tensor, "*rows seq features"], Float[Tensor, "*rows seq features"]]:
+    """Cosines and sines as `rotate` takes them, for both features of each pair.
+
+    The first gets first * cos - second * sin, the second gets second * cos + first * sin.
+    """
+    cos, sin = amplitude * angles.cos(), amplitude * angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
 def rotate(
     x: Float[Tensor, "batch heads seq features"],
-    cos: Float[Tensor, "#batch 1 seq half"],
-    sin: Float[Tensor, "#batch 1 seq half"],
+    cos: Float[Tensor, "#batch 1 seq features"],
+    sin: Float[Tensor, "#batch 1 seq features"],
 ) -> Float[Tensor, "batch heads seq features"]:
-    """Turn feature i and feature i + half, as a pair, by angle i of the position."""
+    """Turn feature i and feature i + half, as a pair, by angle i of the position; see `turns`."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # autocast makes x narrower than the model
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def check_heads(d_model: int, n_heads: int, n_kv_heads: int, d_head: int | None = None) -> None:

@@ -56,7 +56,7 @@ def test_biases_of_every_kind_are_parameters_where_they_are_asked_for():
     decoder = build(bias=True, qkv_bias=True, out_bias=True, d_shared=8, n_experts=(0, 4, 4, 4))
     names = {name for name, _ in decoder.blocks[1].named_parameters() if "bias" in name}
     assert names == {
-        *(f"attention.{part}.bias" for part in ("query", "key", "value", "out")),
+        *(f"attention.{part}.bias" for part in ("qkv", "out")),
         *("mlp.experts.gate_up_bias", "mlp.experts.down_bias"),
         *("mlp.shared.gate_up.bias", "mlp.shared.down.bias"),
     }

@@ -126,8 +126,9 @@ def counted_by_torch(run) -> int:
 
 SHAPES = {
     "dense": {},
-    "moe": {"n_experts": 6, "k": 2},
+    "moe": {"n_experts": 6, "k": 2, "backend": "loop"},  # torch does not count grouped_mm
     "everything": {
+        "backend": "loop",
         "n_experts": (0, 6),
         "k": 3,
         "d_shared": 10,
@@ -195,6 +196,15 @@ def test_bytes_are_those_of_a_built_model_and_its_cache():
     assert held.cache == cache.keys.nbytes + cache.values.nbytes
     narrow = cost.memory(config, batch=3, context=7, dtype="float8")
     assert (narrow.weights, narrow.cache) == (held.weights / 4, held.cache / 2)
+
+
+def test_a_token_of_opt_13b_takes_the_published_800_kilobytes():
+    """Kwon et al. 2023 (2309.06180), section 3; and its 2,048 tokens at most, 1.6 GB."""
+    opt = TransformerConfig(50_272, 5120, 40, 40, 20_480, n_experts=0)
+    found = cost.cache_bytes(opt, [1, 2048], room=2048, block=16, dtype="float16")
+    assert found.contiguous / 2 / 2048 == 800 * 1024
+    assert found.contiguous / 2 == pytest.approx(1.6e9, rel=0.05)
+    assert found.saved == 1 - (16 + 2048) / (2 * 2048)
 
 
 @pytest.mark.parametrize("layout", ["experts", "tensor"])
@@ -499,6 +509,12 @@ NO_LINK = dataclasses.replace(H100, link_bandwidth=0)
         (lambda: cost.flops(MIXTRAL, 0), "tokens=0 must be at least 1"),
         (lambda: cost.flops(MIXTRAL, batch=0), "batch=0 must be more than 0"),
         (lambda: cost.flops(MIXTRAL, context=-1), "context=-1 must be 0 or more"),
+        (lambda: cost.cache_bytes(MIXTRAL, []), r"lengths=\[\]: give those of one sequence"),
+        (lambda: cost.cache_bytes(MIXTRAL, [3, -1]), r"lengths=\[3, -1\]"),
+        (lambda: cost.cache_bytes(MIXTRAL, [3], room=2), "room=2 is less than the longest of.* 3"),
+        (lambda: cost.cache_bytes(MIXTRAL, [9, 3], shared=4), "shared=4 is not from 0 to the.* 3"),
+        (lambda: cost.cache_bytes(MIXTRAL, [9], block=0), "block=0 must be at least 1"),
+        (lambda: cost.cache_bytes(MIXTRAL, [9], dtype="bf16"), "dtype='bf16' is none of"),
         (lambda: cost.memory(MIXTRAL, dtype="bf16"), "dtype='bf16' is none of float32, bfloat16"),
         (lambda: cost.time(MIXTRAL, MACHINES["a100"], dtype="float8"), "dtype='float8' is none of"),
         (lambda: cost.time(MIXTRAL, H100, layout="expert"), "did you mean 'experts'"),

@@ -26,9 +26,17 @@ def definitions(tree: ast.Module, name: str) -> Iterator[tuple[str, ast.Module |
             yield from definitions(node, f"{name}.{node.name}")
 
 
+def is_overload(node: ast.Module | Named) -> bool:
+    return "overload" in {ast.unparse(name) for name in getattr(node, "decorator_list", ())}
+
+
 def undescribed(tree: ast.Module, name: str) -> list[str]:
-    """The public module, classes and functions without a docstring; methods need none."""
+    """The public module, classes and functions without a docstring.
+
+    Methods need none, nor do the further signatures of a function, which are overloads.
+    """
     own = [(name, tree)] + [(n.name, n) for n in tree.body if isinstance(n, Named)]
+    own = [(n, node) for n, node in own if not is_overload(node)]
     return [n for n, node in own if not n.startswith("_") and not ast.get_docstring(node)]
 
 

@@ -57,7 +57,7 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
     "08_specialisation": (
         {
             "layer": 0,
-            "windows": 3,
+            "windows": 2,
             "requests": 1,
             "ablation_windows": 1,
             "steps": 20,
@@ -66,13 +66,14 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
         },
         {
             "layer": 3,
-            "windows": 2,
+            "windows": 3,
             "requests": 2,
             "ablation_windows": 1,
             "prompt": "grep it",
             "d_model": 32,
             "n_experts": 4,
             "steps": 20,
+            "repeats": 2,
         },
     ),
     "09_beyond_language": (
@@ -84,13 +85,14 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
         {"model": "mixtral-8x22b", "shrink": 150, "tokens": 8, "layer": 3},
     ),
     "11_dense_or_moe": (
-        {"model": "mixtral-8x7b", "n_experts": 4, "k": 1, "most_tokens": 32, "seed": 1},
+        {"model": "mixtral-8x7b", "n_experts": 4, "k": 1, "most_tokens": 32, "draws": 20},
         {
             "model": "granite-3.1-1b-a400m",
             "d_model": 64,
             "d_ff": 64,
             "most_tokens": 32,
             "draws": 20,
+            "seed": 1,
         },
     ),
 }

@@ -97,12 +97,17 @@ def backbone(config: TransformerConfig) -> Layout:
 
 
 def _attention(config: TransformerConfig, theirs: str, ours: str) -> Layout:
+    queries = config.n_heads * config.head_features
+    keys = queries + config.kv_heads * config.head_features
+    rows = {"q": slice(0, queries), "k": slice(queries, keys), "v": slice(keys, 2 * keys - queries)}
     places = {}
-    for short, long in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
-        places[f"{theirs}.{short}_proj.weight"] = Place(f"{ours}.{long}.weight")
+    for short in "qkvo":
+        own, part = ("out", ()) if short == "o" else ("qkv", rows[short])
+        places[f"{theirs}.{short}_proj.weight"] = Place(f"{ours}.{own}.weight", part)
         if config.out_bias if short == "o" else config.qkv_bias:
-            places[f"{theirs}.{short}_proj.bias"] = Place(f"{ours}.{long}.bias")
-        if config.qk_norm and short in "qk":
+            places[f"{theirs}.{short}_proj.bias"] = Place(f"{ours}.{own}.bias", part)
+    if config.qk_norm:
+        for short, long in (("q", "query"), ("k", "key")):
             places[f"{theirs}.{short}_norm.weight"] = Place(f"{ours}.{long}_norm.weight")
     if config.sinks:
         places[f"{theirs}.sinks"] = Place(f"{ours}.sinks")

@@ -5,6 +5,7 @@ cost.time(config, MACHINES["h100"], batch=32, context=4096)   # a decode step, a
 cost.verdict(dense, moe, MACHINES["h100"], batch=32)  # which of the two, and why
 """
 
+from .caching import CacheBytes, cache_bytes
 from .counting import (
     BYTES,
     LAYOUTS,
@@ -26,6 +27,7 @@ __all__ = [
     "BYTES",
     "LAYOUTS",
     "MACHINES",
+    "CacheBytes",
     "Machine",
     "Memory",
     "Parameters",
@@ -34,6 +36,7 @@ __all__ = [
     "Time",
     "Verdict",
     "all_to_all",
+    "cache_bytes",
     "flops",
     "keys_seen",
     "memory",

@@ -154,7 +154,7 @@ def elementwise(device: str) -> dict[str, float]:
     norm, router = nn.RMSNorm(d).to(device), TopKRouter(d, 8, k).to(device)
     routing, hidden = router(x), torch.randn(tokens, 4 * d, device=device)
     q = torch.randn(batch, heads, seq, d // heads, device=device)
-    cos = sin = torch.ones(1, 1, seq, d // heads // 2, device=device)
+    cos = sin = torch.ones(1, 1, seq, d // heads, device=device)
 
     def mix() -> Tensor:
         return attend(rotate(q, cos, sin), rotate(q, cos, sin), q).transpose(1, 2).flatten(2)

@@ -6,10 +6,11 @@ The numbers below were measured by `python benchmarks/products.py`: see `benchma
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCKS = 4  # MKL reads a weight at the speed of memory only as a batch of blocks
 LARGE = 2**16  # numbers of a weight from which on that pays
+BEYOND = 2**20  # bytes of the stack it belongs to; a smaller one may be in a cache, and blocks lose
 FEW_ROWS, NARROW_ROWS = 3, 8  # up to so many it pays on one thread; more if rows are narrow
 NARROW = 512  # inputs
 SOME_ROWS = 63  # and on several threads, which share the blocks but not one small product
@@ -22,18 +23,38 @@ def linear(
 ) -> Float[Tensor, "rows outputs"]:
     """F.linear in the dtype of the rows; few float32 rows on a CPU go by blocks of outputs."""
     weight, bias = weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
-    if not pays(rows, weight) or torch.compiler.is_compiling():
+    if not pays(rows, weight):
         return F.linear(rows, weight, bias)
     y = in_blocks(rows, weight)
     return y if bias is None else y + bias
 
 
+class Linear(nn.Linear):
+    """An `nn.Linear` that multiplies a few rows as `linear` does.
+
+    Example:
+        >>> Linear(4, 6)(torch.randn(2, 3, 4)).shape
+        torch.Size([2, 3, 6])
+    """
+
+    def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        rows = x.reshape(-1, x.shape[-1])
+        if not pays(rows, self.weight):
+            return F.linear(x, self.weight, self.bias)
+        return linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+
+
 def pays(rows: Tensor, weight: Tensor) -> bool:
     """Whether a product is faster by blocks."""
-    if rows.dtype != torch.float32 or rows.device.type != "cpu" or len(rows) > SOME_ROWS:
+    if len(rows) > SOME_ROWS or weight.numel() < LARGE or len(weight) % BLOCKS:
         return False
-    large = weight.numel() >= LARGE and len(weight) % BLOCKS == 0
-    return large and (are_few(rows) or torch.get_num_threads() > 1)
+    if not rows.dtype == weight.dtype == torch.float32 or rows.device.type != "cpu":
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    if weight.untyped_storage().nbytes() < BEYOND:
+        return False
+    return are_few(rows) or torch.get_num_threads() > 1
 
 
 def are_few(rows: Tensor) -> bool:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_ref import Transformer, TransformerConfig, checkpoints, generation
+from moe_ref.checkpoints.family import Place
 from moe_ref.course import corpora
 from moe_ref.model import fold_scale
 from tests.tools import assert_close
@@ -45,33 +46,24 @@ def test_logits_and_all_gradients_are_those_of_transformers(name, batch, seq, se
         parameter.data.zero_()
     grads = dict(theirs.named_parameters())
     theirs_to_ours = dict(reference.named_parameters())
-    fused = fused_names(ours.config)
-    for theirs_name, our_name in fused.items():
-        theirs_to_ours[our_name].data.copy_(grads[theirs_name].grad)
-    if not ours.config.n_experts:  # Mistral keeps gate and up apart
-        for i in range(ours.config.n_layers):
-            mlp = f"model.layers.{i}.mlp"
-            both = [grads[f"{mlp}.{part}_proj.weight"].grad for part in ("gate", "up")]
-            theirs_to_ours[f"blocks.{i}.mlp.gate_up.weight"].data.copy_(torch.cat(both))
+    for name, place in places(ours.config).items():
+        place.of(theirs_to_ours).copy_(grads[name].grad)
     # With one token the attention is sure: the gradients of query and key are all rounding.
     largest = max(parameter.grad.abs().max().item() for parameter in ours.parameters())
     for our_name, parameter in ours.named_parameters():
         assert_close(parameter.grad, theirs_to_ours[our_name].data, floor=largest / 10)
 
 
-def fused_names(config):
-    """The parameter of transformers' model in memory, where experts are stacked, and ours."""
-    stacked = {".0.w1.weight": ".gate_up_proj", ".0.w2.weight": ".down_proj"}
-    names = {}
-    for theirs, place in checkpoints.mixtral.layout(config).items():
-        ours, index = place.ours, place.index
-        theirs = theirs.replace("block_sparse_moe", "mlp")
-        for first, all_of_them in stacked.items():
-            if theirs.endswith(f"experts{first}"):
-                names[theirs.replace(first, all_of_them)] = ours
-        if index == ():
-            names[theirs] = ours
-    return names
+def places(config):
+    """Where each parameter of transformers' model in memory belongs; there experts are stacked."""
+    found = {}
+    for name, place in checkpoints.mixtral.layout(config).items():
+        name, inside, _ = name.replace("block_sparse_moe", "mlp").partition(".experts.")
+        found |= {} if inside else {name: place}
+        for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")) if inside else ():
+            stacked = f"{place.ours.rpartition('.')[0]}.{ours}"
+            found[f"{name}.experts.{theirs}"] = Place(stacked)
+    return found
 
 
 @pytest.mark.parametrize("name", CONFIGS)
