@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ._validate import check_choice, check_sizes
 from .dispatch import Dispatch, sorted_rows
-from .experts import Experts
 from .routers import Router, check_router
 from .routing import Routing
 
@@ -32,7 +31,7 @@ class MoELayer(nn.Module):
 
     Args:
         router: hidden states in, a `Routing` out; for instance a `TopKRouter`.
-        experts: the stacked blocks.
+        experts: the stacked blocks, such as `Experts`.
         capacity: a rule that edits the routing, such as a `Capacity`; None: no expert is ever full.
         shared: a block that every token visits, whatever the router decides; None: there is none.
         mix: a learned factor for the routed part and one for the shared part, such as a `Mix`;
@@ -54,7 +53,7 @@ class MoELayer(nn.Module):
     def __init__(
         self,
         router: Router,
-        experts: Experts,
+        experts: nn.Module,
         *,
         capacity: Callable[[Routing], Routing] | None = None,
         shared: nn.Module | None = None,
@@ -65,7 +64,7 @@ class MoELayer(nn.Module):
         check_router(router)
         check_parts(router, experts, capacity, shared, mix, dispatch)
         self.router: Any = router
-        self.experts = experts
+        self.experts: Any = experts
         self.capacity = capacity
         self.shared = shared
         self.mix = mix

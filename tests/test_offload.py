@@ -23,6 +23,7 @@ from moe_ref import (
     checkpoints,
     generation,
     offload,
+    quantise,
 )
 from moe_ref import dispatch as dispatches
 from moe_ref.model import evaluating
@@ -113,6 +114,12 @@ def test_every_format_with_experts_can_be_offloaded(kind, dtype, tmp_path):
     fetched = offload.load(tmp_path, resident=40_000, prefetch=True)
     with torch.no_grad():
         assert torch.equal(fetched(prompt()).logits, whole(prompt()).logits)
+
+
+def test_quantised_weights_are_refused_by_name(saved):
+    checkpoints.save(quantise.quantise_model(saved[0]), saved[1])
+    with pytest.raises(ValueError, match="holds quantised weights: they are loaded whole"):
+        offload.load(saved[1], resident=10**6)
 
 
 @pytest.mark.parametrize("d_ff", [96, 1024])

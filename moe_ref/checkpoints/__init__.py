@@ -19,10 +19,12 @@ from .._validate import check_sizes
 from ..config import TransformerConfig
 from ..layer import MoELayer
 from ..model import Transformer, make_mlp
+from ..quantise import Model, Plan, plan_of
 from ..routers import TopKRouter
 from . import gpt_oss, granite, mixtral, olmoe, qwen2_moe, qwen3
 from .family import Family, Layout, read
 from .folder import weight_files as weight_files
+from .quantised import places, quantised, read_mark, write_mark
 from .reading import read_into
 from .writing import write_model
 
@@ -110,13 +112,15 @@ def save(
         check_sizes(shard_size=shard_size)
     family, settings = _written(model.config)
     settings["dtype"] = str(dtype or model.embedding.weight.dtype).removeprefix("torch.")
+    settings = write_mark(settings, model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"config.json": json.dumps(settings, indent=2) + "\n"}
     if tokenizer is not None:
         texts["tokenizer.json"] = Path(tokenizer).read_text(encoding="utf-8")
         texts["tokenizer_config.json"] = json.dumps(TOKENIZER, indent=2) + "\n"
-    write_model(model.state_dict(), family.layout(model.config), folder, dtype, shard_size, texts)
+    layout = places(family.layout(model.config), plan_of(model))
+    write_model(model.state_dict(), layout, folder, dtype, shard_size, texts)
 
 
 def load(
@@ -145,8 +149,8 @@ def load(
             damaged, or a tensor is missing, unknown or of the wrong shape; each is named.
     """
     folder = Path(folder)
-    family, config = _described(folder)
-    whole = layout = family.layout(config)
+    whole, config, plan = _described(folder)
+    layout = whole
     if layers is not None:
         numbers = range(config.n_layers)[layers]
         if not numbers:
@@ -156,7 +160,7 @@ def load(
             layout |= _block(whole, number, "", f"blocks.{i}.")
         config = _only(config, numbers)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = _quantised(Transformer(config), layout, plan, folder)
     part = None if layers is None else whole
     read_into(model, layout, folder, whole=part, device=device, dtype=dtype)
     return model.eval()
@@ -190,25 +194,32 @@ def layer(
         True
     """
     folder = Path(folder)
-    family, config = _described(folder)
+    whole, config, plan = _described(folder)
     numbers = [i for i in range(config.n_layers) if config.is_moe(i)]
     if number not in numbers:
         raise ValueError(f"number={number!r} is no block with experts; these are: {numbers}")
+    layout = _block(whole, number, "mlp.", "")
     with torch.device("meta"):
         module = cast(MoELayer, make_mlp(config, number))
-    whole = family.layout(config)
-    layout = _block(whole, number, "mlp.", "")
+        module = _quantised(module, layout, plan, folder)
     read_into(module, layout, folder, whole=whole, device=device, dtype=dtype)
     return module.eval()
 
 
-def _described(folder: Path) -> tuple[Family, TransformerConfig]:
-    """The family and the model of a folder's config.json."""
+def _quantised(module: Model, layout: Layout, plan: Plan, folder: Path) -> Model:
+    try:
+        return quantised(module, layout, plan)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _described(folder: Path) -> tuple[Layout, TransformerConfig, Plan]:
+    """The places, the model, and what of it is quantised, as a folder's config.json has them."""
     if not folder.is_dir():
         raise FileNotFoundError(_nowhere(folder))
     path = _existing(folder / "config.json")
-    settings = read_object(path)
     try:
+        settings, plan = read_mark(read_object(path))
         kind = read(settings, "model_type", str)
         if kind in LACKING and kind not in FAMILIES:
             raise ValueError(
@@ -217,12 +228,13 @@ def _described(folder: Path) -> tuple[Family, TransformerConfig]:
             )
         if kind not in FAMILIES:
             raise ValueError(f"model_type={kind!r} is none of {', '.join(FAMILIES)}")
-        family, config = FAMILIES[kind], FAMILIES[kind].read_config(settings)
-        quantised = read(settings, "quantization_config", dict, {})
-        if quantised and not any(place.coded for place in family.layout(config).values()):
-            method = quantised.get("quant_method")
+        config = FAMILIES[kind].read_config(settings)
+        layout = FAMILIES[kind].layout(config)
+        about = read(settings, "quantization_config", dict, {})
+        if about and not any(place.coded for place in layout.values()):
+            method = about.get("quant_method")
             raise ValueError(f"quant_method={method!r}: quantised weights of {kind} are not read")
-        return family, config
+        return places(layout, plan), config, plan
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

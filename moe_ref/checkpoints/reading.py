@@ -16,6 +16,7 @@ from .family import HEAD, Coded, Layout, Place
 from .folder import Entry, Survey, survey
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {"I8": torch.int8}  # of quantised weights
 CHUNK = 16 << 20  # bytes read at a time, so that a conversion needs no copy of a large tensor
 MAPPED = 32 << 20  # bytes read, at least, before files are opened anew
 LISTED = 50  # faults that one message names
@@ -122,7 +123,7 @@ def _is_damaged(name: str, found: Survey) -> bool:
 
 def _source(place: Place, entries: tuple[Entry, ...], coded: Coded | None) -> Source:
     if coded is None:
-        dtype = FLOATS.get(entries[0].dtype, torch.bool)
+        dtype = (FLOATS | CODES).get(entries[0].dtype, torch.bool)
         return Source(place, entries, entries[0].shape, dtype, None)
     none = coded.decode(*(Files(0).rows(entry, 0, 0) for entry in entries))
     return Source(place, entries, (*entries[0].shape[:1], *none.shape[1:]), none.dtype, coded)
@@ -133,8 +134,9 @@ def _misfits(name: str, source: Source, empty: Mapping[str, Tensor]) -> list[str
     wrong, expected = [], source.place.shape_in(empty)
     if source.shape != expected:
         wrong.append(f"{name} is {list(source.shape)}, not {list(expected)}")
-    if not source.dtype.is_floating_point:
-        wrong.append(f"{name} is {source.entries[0].dtype}, not one of {', '.join(FLOATS)}")
+    right = FLOATS if empty[source.place.ours].is_floating_point() else CODES
+    if source.dtype not in right.values():
+        wrong.append(f"{name} is {source.entries[0].dtype}, not one of {', '.join(right)}")
     heights = [entry.shape[0] for entry in source.entries[1:]]
     if any(height != source.shape[0] for height in heights):
         wrong.append(f"{name} is coded in parts of {source.shape[0]} and {heights} rows")
@@ -146,6 +148,8 @@ def dtypes(sources: Iterable[Source]) -> Mapping[str, torch.dtype]:
     numbers: Counter[torch.dtype] = Counter()
     own: dict[str, torch.dtype] = {}
     for source in sources:
+        if not source.dtype.is_floating_point:
+            continue
         ours = source.place.ours
         numbers[source.dtype] += math.prod(source.shape)
         if "router" in ours.split("."):
@@ -166,7 +170,8 @@ def allocate(
         for name, old in list(part.named_parameters(recurse=False)):
             if id(old) not in new:
                 dtype = dtypes[f"{prefix}.{name}".lstrip(".")]
-                new[id(old)] = nn.Parameter(torch.empty_like(old, device=device, dtype=dtype))
+                tensor = torch.empty_like(old, device=device, dtype=dtype)
+                new[id(old)] = nn.Parameter(tensor, old.requires_grad)
             setattr(part, name, new[id(old)])
         for name, old in list(part.named_buffers(recurse=False)):
             setattr(part, name, torch.empty_like(old, device=device))

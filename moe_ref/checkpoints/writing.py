@@ -64,7 +64,7 @@ def split(
     shards: list[Layout] = [{}]
     used = total = 0
     for name, place in layout.items():
-        kind = dtype or tensors[place.ours].dtype
+        kind = _dtype(tensors[place.ours], dtype)
         nbytes = math.prod(place.shape_in(tensors)) * kind.itemsize
         if size is not None and shards[-1] and used + nbytes > size:
             shards.append({})
@@ -84,4 +84,9 @@ def _write_shard(
 def _stored(tensors: Mapping[str, Tensor], place: Place, dtype: torch.dtype | None) -> Tensor:
     """A tensor as it is in a file: a copy of its own, since a file takes no two views of one."""
     part = place.of(tensors).reshape(place.shape_in(tensors))
-    return part.to("cpu", dtype or part.dtype, copy=True).contiguous()
+    return part.to("cpu", _dtype(part, dtype), copy=True).contiguous()
+
+
+def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Of a tensor in the file: codes of quantised weights stay what they are."""
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

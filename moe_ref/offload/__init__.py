@@ -73,7 +73,7 @@ def load(
 
     Raises:
         FileNotFoundError, ValueError: as `checkpoints.load` does; and if the model has no experts,
-            or the budget is less than one.
+            its weights are quantised, or the budget is less than one expert.
 
     Example:
         >>> import tempfile
@@ -87,10 +87,14 @@ def load(
         True
     """
     folder = Path(folder)
-    family, config = _described(folder)
+    layout, config, plan = _described(folder)
+    if plan:
+        raise ValueError(
+            f"{folder} holds quantised weights: they are loaded whole, by checkpoints.load"
+        )
     if not config.has_experts:
         raise ValueError(f"{folder} holds a model without experts: use checkpoints.load")
-    layout, found = family.layout(config), survey(folder)
+    found = survey(folder)
     with torch.device("meta"):
         model = Transformer(config)
     known = {HEAD, *(name for t, place in layout.items() for name in spellings(t, place))}
