@@ -129,8 +129,8 @@ class Experts(nn.Module):
         return f"{sizes}, activation={self.activation}{bias}, backend={self.backend}"
 
 
-# On a CPU, grouped_mm beats the loop with at most so many rows for each busy expert: in bfloat16, as
-# measured by `python benchmarks/layer.py`, and with small float32 weights, by `benchmarks/decode.py`.
+# On a CPU, grouped_mm beats the loop with at most so many rows for each busy expert: in bfloat16
+# measured by `python benchmarks/layer.py`, with small float32 weights by `benchmarks/decode.py`.
 AUTO_GROUPED = {torch.bfloat16: 16, torch.float32: 64}
 AUTO_LOOP = 3  # float32 rows that the loop takes anyway
 AUTO_PADDED = 4  # bfloat16 rows that may be multiplied for each that there is
