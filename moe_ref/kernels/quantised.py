@@ -122,7 +122,6 @@ def encode(
     return low & 15 | high << 4, scales
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def product(
     rows: Float[Tensor, "rows inputs"],
     sizes: Sequence[int],
