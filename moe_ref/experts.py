@@ -139,9 +139,9 @@ AUTO_PADDED = 4  # bfloat16 rows that may be multiplied for each that there is
 def auto_backend(rows: Tensor, counts: Tensor, experts: Experts) -> str:
     """The name of the fastest backend for these rows.
 
-    A product with a small weight takes less time than to start it. In float32 grouped_mm then gives
-    the bits of the loop, but the loop has the better gradients; in bfloat16 one padded product is
-    fastest, unless one expert is so busy that most of it would be padding.
+    A product with a small weight takes less time than to start it. In float32 grouped_mm is then
+    faster, but the loop has the better gradients; in bfloat16 one padded product is fastest, unless
+    one expert is so busy that most of it would be padding.
     """
     if not supports_grouped(rows, experts):
         return "loop"

@@ -1,5 +1,6 @@
 """What an operator watches: how a layer's experts were used, over many batches."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -140,6 +141,55 @@ class RoutingStats:
             },
             orient="index",
         )
+
+
+class Trace:
+    """Which experts each MoE layer asked for, forward by forward: what `offload.simulate` replays.
+
+    Attributes:
+        events: in the order in which they happened, each a layer (counted from 0, dense blocks left
+            out), experts, and whether these were only guessed, before the layer's turn.
+
+    Example:
+        >>> trace, router = Trace(), TopKRouter(d_model=4, n_experts=8, k=2)
+        >>> trace.add([router(torch.ones(5, 4)), router(-torch.ones(5, 4))])  # Output.routings
+        >>> [(layer, len(experts), guess) for layer, experts, guess in trace.events]
+        [(0, 2, False), (1, 2, False)]
+    """
+
+    def __init__(self) -> None:
+        self.events: list[tuple[int, tuple[int, ...], bool]] = []
+
+    def add(self, routings: Sequence[Routing]) -> None:
+        """One forward: the routing of each MoE layer."""
+        for layer, routing in enumerate(routings):
+            self.touched(layer, routing.counts.nonzero().flatten().tolist())
+
+    def touched(self, layer: int, experts: Sequence[int]) -> None:
+        """A layer asked for these experts."""
+        self.events.append((layer, tuple(experts), False))
+
+    def guessed(self, layer: int, experts: Sequence[int]) -> None:
+        """A layer will likely ask for these, likeliest first."""
+        self.events.append((layer, tuple(experts), True))
+
+    def popular(self) -> list[tuple[int, int]]:
+        """Layer and expert of all that were asked for, most often first, then in order."""
+        asked = Counter((n, e) for n, experts, guess in self.events if not guess for e in experts)
+        return sorted(asked, key=lambda key: (-asked[key], key))
+
+    @property
+    def guessed_right(self) -> float:
+        """Share of the experts asked for that had been guessed, in layers with a guess; else 0."""
+        guesses: dict[int, tuple[int, ...]] = {}
+        right = total = 0
+        for layer, experts, guess in self.events:
+            if guess:
+                guesses[layer] = experts
+            elif layer in guesses:
+                right += len(set(experts) & set(guesses.pop(layer)))
+                total += len(experts)
+        return right / max(1, total)
 
 
 @torch.no_grad()

@@ -25,3 +25,13 @@ def test_the_benchmark_of_cost_prints_what_it_predicts_beside_what_it_measures()
     rows = [line.split(" | ")[:3] for line in run.stdout.splitlines() if line.startswith("| tiny")]
     assert rows == [["| tiny", "2", of] for of in ("layer", "prefill", "decode")]
     assert "worst ratio" in run.stdout
+
+
+def test_the_benchmark_of_offloading_prints_a_rate_for_each_policy_batch_and_share():
+    command = [sys.executable, BENCHMARKS / "offload.py", "--tokens", "16", "--length", "8"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [line for line in run.stdout.splitlines() if line.startswith(("| decode", "| prefill"))]
+    assert len(rows) == 4 * 8
+    assert sum(" | lfu, guessed | " in row for row in rows) == 4
+    assert run.stdout.count("guessed right") == 4

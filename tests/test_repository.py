@@ -315,7 +315,7 @@ def test_the_wheel_holds_the_library_and_the_data_of_the_course_and_imports_from
     expected = {f"moe_ref/{p.relative_to(ROOT / 'moe_ref')}" for p in ROOT.glob("moe_ref/**/*.py")}
     data = {"incidents.txt", "manifest.json", "models.csv", "tokenizer.json"}
     assert names == expected | {"moe_ref/py.typed"} | {f"moe_ref/data/{name}" for name in data}
-    assert sum(file.compress_size for file in wheel.infolist()) < 300_000
+    assert sum(file.compress_size for file in wheel.infolist()) < 350_000
     wheel.extractall(tmp_path / "site")
     code = alone() + (
         f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"

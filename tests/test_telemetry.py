@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ref import Capacity, TopKRouter
-from moe_ref.telemetry import RoutingStats, Tally
+from moe_ref import Capacity, TopKRouter, Transformer, TransformerConfig
+from moe_ref.telemetry import RoutingStats, Tally, Trace
 
 from .tools import sizes
 
@@ -242,3 +242,37 @@ def test_what_does_not_fit_is_refused_by_name():
     with pytest.raises(ValueError, match="4 labels for 5 tokens"):
         fitting.update(routing, labels[:4])
     assert fitting.overall.tokens == 0 and not fitting.by_label  # half an update is none
+
+
+def test_a_trace_holds_what_each_layer_served_after_capacity():
+    config = TransformerConfig(50, 16, 3, 2, d_ff=8, n_experts=(4, 0, 4), k=2, capacity_factor=0.5)
+    routings = Transformer(config)(torch.arange(12)[None]).routings
+    trace = Trace()
+    trace.add(routings)
+    trace.add(routings[:1])
+    served = [{e for e in r.experts.flatten().tolist() if e < 4} for r in routings]
+    assert [(n, set(experts), guess) for n, experts, guess in trace.events] == [
+        (0, served[0], False),
+        (1, served[1], False),
+        (0, served[0], False),
+    ]
+
+
+def test_popular_experts_come_first_and_guesses_do_not_count():
+    trace = Trace()
+    for layer, experts in ((0, [1, 2]), (1, [2]), (0, [2]), (1, [0])):
+        trace.touched(layer, experts)
+        trace.guessed(layer, [3])
+    assert trace.popular() == [(0, 2), (0, 1), (1, 0), (1, 2)]
+
+
+def test_a_guess_is_graded_by_the_layers_next_turn_alone():
+    trace = Trace()
+    trace.touched(0, [5])  # no guess: not graded
+    trace.guessed(1, [1, 2])
+    trace.touched(1, [2, 3])  # one of two
+    trace.touched(1, [1])  # the guess is used up
+    trace.guessed(1, [])
+    trace.touched(1, [4, 6])  # none of two
+    assert trace.guessed_right == 1 / 4
+    assert Trace().guessed_right == 0

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 BLOCKS = 4  # MKL reads a weight at the speed of memory only as a batch of blocks
-LARGE = 2**16  # numbers of a weight from which on that pays
-BEYOND = 2**20  # bytes of the stack it belongs to; a smaller one may be in a cache, and blocks lose
+LARGE = 2**17  # numbers of a weight from which on that pays; smaller ones may be in a cache
 FEW_ROWS, NARROW_ROWS = 3, 8  # up to so many it pays on one thread; more if rows are narrow
 NARROW = 512  # inputs
 SOME_ROWS = 63  # and on several threads, which share the blocks but not one small product
@@ -51,8 +50,6 @@ def pays(rows: Tensor, weight: Tensor) -> bool:
     if not rows.dtype == weight.dtype == torch.float32 or rows.device.type != "cpu":
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return False
-    if weight.untyped_storage().nbytes() < BEYOND:
         return False
     return are_few(rows) or torch.get_num_threads() > 1
 

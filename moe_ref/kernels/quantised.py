@@ -1,6 +1,7 @@
 """Matrices in 8 or 4 bits: how they are held, and products that decode a tile of one at a time."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,20 @@ def product(
     bias: Float[Tensor, "matrices outputs"] | None,
 ) -> Float[Tensor, "rows outputs"]:
     """The next sizes[e] rows times matrix e, transposed, plus bias[e], for every e in order."""
+    if torch.compiler.is_compiling():  # to import the compiler takes seconds: not before
+        return uncompiled()(rows, sizes, weight, bias)
+    return _product(rows, sizes, weight, bias)
+
+
+@functools.cache
+def uncompiled() -> Callable[..., Tensor]:
+    """The product as a function that a graph is broken for."""
+    return torch.compiler.disable(_product)
+
+
+def _product(
+    rows: Tensor, sizes: Sequence[int], weight: QuantisedWeight, bias: Tensor | None
+) -> Tensor:
     y = Product.apply(rows, sizes, weight, False)
     if bias is None:
         return y

@@ -49,8 +49,7 @@ def test_blocks_are_for_few_rows_of_large_float32_weights_and_for_more_on_two_th
     assert not cpu.pays(rows, torch.randn(517, 640))
     assert not cpu.pays(rows.double(), weight.double())
     assert not cpu.pays(rows.bfloat16(), weight.bfloat16())
-    assert not cpu.pays(torch.randn(1, 256), torch.randn(512, 256))  # alone, it may be in a cache
-    assert cpu.pays(torch.randn(1, 256), torch.randn(9, 512, 256)[4])  # one of many
+    assert cpu.pays(torch.randn(1, 256), torch.randn(9, 512, 256)[4])
 
 
 def test_autocast_multiplies_in_its_own_dtype():
