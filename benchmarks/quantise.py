@@ -107,7 +107,9 @@ def each(way: Callable[[Tensor, object], Tensor], rows: Tensor, weights: list) -
 def product_table(options: argparse.Namespace) -> None:
     """How many numbers of a weight each way gets through, billions a second."""
     rows_of = (1, 8, 64)
-    print("| outputs, inputs | way | " + " | ".join(f"{n} rows" for n in rows_of) + " |")
+    print(
+        "| outputs, inputs | way | " + " | ".join(f"{n} row{'s' * (n > 1)}" for n in rows_of) + " |"
+    )
     print("|---|---|" + "--:|" * len(rows_of))
     for outputs, inputs in SHAPES:
         many = 2**26 // (outputs * inputs)  # they take turns, so that none is in a cache
