@@ -1,12 +1,14 @@
 """What 8 and 4 bits cost and gain: bytes, errors and held-out loss of tiny-moe, speed of decode.
 
-    python benchmarks/quantise.py [loss] [errors] [products] [decode] [--windows N] [--seconds S]
+    python benchmarks/quantise.py [loss] [errors] [products] [tiles]
+        [decode] [--windows N] [--seconds S]
 
 loss: tiny-moe in bfloat16, then quantised; its loss in float32 arithmetic, so that all of a change
 is the weights'. In a mixed row half of each layer's experts have 8 bits and half have 4: those that
 training text asks for most ("hot"), those it asks for least ("cold"), or any. errors: of each
 expert. products: numbers of a weight that one product gets through, GB/s of bfloat16 being twice
-that. decode: steps of a model whose weights exceed the caches, against bfloat16.
+that. tiles: the same by the two constants of the product. decode: steps of a model whose weights
+exceed the caches, against bfloat16.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from torch import Tensor
 from moe_ref import Transformer, TransformerConfig, checkpoints, generation
 from moe_ref.course import corpora, lesson
 from moe_ref.kernels import cpu
+from moe_ref.kernels import quantised as kernel
 from moe_ref.kernels.quantised import QuantisedWeight, product
 from moe_ref.quantise import errors, nbytes, quantise_model
 
@@ -30,6 +33,7 @@ DECODED = TransformerConfig(
     2048, 1024, n_layers=4, n_heads=16, d_ff=2048, n_kv_heads=4, n_experts=8
 )
 STEPS = 16
+TILES = (16, 18, 19, 20, 21)
 
 
 def popularity(model: Transformer, batches: int = 16) -> Tensor:
@@ -103,7 +107,9 @@ def each(way: Callable[[Tensor, object], Tensor], rows: Tensor, weights: list) -
 def product_table(options: argparse.Namespace) -> None:
     """How many numbers of a weight each way gets through, billions a second."""
     rows_of = (1, 8, 64)
-    print("| outputs, inputs | way | " + " | ".join(f"{n} rows" for n in rows_of) + " |")
+    print(
+        "| outputs, inputs | way | " + " | ".join(f"{n} row{'s' * (n > 1)}" for n in rows_of) + " |"
+    )
     print("|---|---|" + "--:|" * len(rows_of))
     for outputs, inputs in SHAPES:
         many = 2**26 // (outputs * inputs)  # they take turns, so that none is in a cache
@@ -139,6 +145,35 @@ def product_table(options: argparse.Namespace) -> None:
             print(f"| {outputs}, {inputs} | {name} | " + " | ".join(speeds) + " |", flush=True)
 
 
+def tile_table(options: argparse.Namespace) -> None:
+    """The two constants of the product: numbers that it decodes at a time, rows that are few."""
+    print("| bits | rows | rows that are few | " + " | ".join(f"2^{n}" for n in TILES) + " |")
+    print("|--:|--:|--:|" + "--:|" * len(TILES))
+    outputs, inputs = SHAPES[1]
+
+    def by_tiles(tile: int, few: int, rows: Tensor, held: list[QuantisedWeight]) -> None:
+        kernel.TILE, kernel.FEW_ROWS = 2**tile, few
+        for weight in held:
+            product(rows, [len(rows)], weight, None)
+
+    before = kernel.TILE, kernel.FEW_ROWS
+    for bits in (8, 4):
+        weight = torch.randn(1, outputs, inputs).bfloat16()
+        held = [QuantisedWeight(weight, bits) for _ in range(2**26 // weight.numel())]
+        for n in (1, 2, 8):
+            rows = torch.randn(n, inputs).bfloat16()
+            runners = {
+                (tile, few): partial(by_tiles, tile, few, rows, held)
+                for tile in TILES
+                for few in (0, n)
+            }
+            times = lesson.race(runners, seconds=options.seconds)
+            for few in (0, n):
+                cells = [f"{len(held) * weight.numel() / times[t, few] / 1e9:.2f}" for t in TILES]
+                print(f"| {bits} | {n} | {few} | " + " | ".join(cells) + " |", flush=True)
+    kernel.TILE, kernel.FEW_ROWS = before
+
+
 def decode_table(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     wide = Transformer(DECODED).eval()
@@ -168,6 +203,7 @@ TABLES = {
     "loss": loss_table,
     "errors": error_table,
     "products": product_table,
+    "tiles": tile_table,
     "decode": decode_table,
 }
 

@@ -115,7 +115,8 @@ def test_the_error_is_that_of_uniform_rounding(bits, group):
         noise = whole = 0.0
         for weight, held in zip((experts.gate_up, experts.down), small.weights, strict=True):
             each = held.scales[e].repeat_interleave(group, dim=1)[:, :256]
-            noise += float(each.square().sum()) / 12  # of a uniform number within half a scale
+            # The variance of a number drawn uniformly within half a scale.
+            noise += float(each.detach().square().sum()) / 12
             whole += float(weight[e].detach().square().sum())
         # The largest number of a group has no error.
         exact = math.sqrt(1 - 1 / min(group, 256))
@@ -130,7 +131,7 @@ def test_bytes_are_those_of_codes_scales_and_biases():
         assert quantise(experts, bits).nbytes == codes + 4 * scales + 4 * 4 * (54 + 40)
     mixed = quantise(experts, [8, 4, 4, 8]).nbytes
     assert mixed * 2 == quantise(experts, 8).nbytes + quantise(experts, 4).nbytes
-    assert quantise(experts.bfloat16(), 8, 1000).down.scales.nbytes == 4 * 40 * 2
+    assert quantise(experts.bfloat16(), 8, 2**40).down.scales.nbytes == 4 * 40 * 2
 
 
 # ---------------------------------------------------------------------------------- the product

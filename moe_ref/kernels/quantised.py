@@ -112,6 +112,7 @@ def encode(
     """Codes and scales of a matrix: see `QuantisedWeight`."""
     w = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     inputs, most = w.shape[1], 2 ** (bits - 1) - 1
+    group = min(group, inputs)
     groups = F.pad(w.abs(), (0, -inputs % group)).unflatten(1, (-1, group))
     scales = (groups.amax(dim=-1) / most).to(matrix.dtype)
     scales = scales.clamp(min=torch.finfo(matrix.dtype).tiny)  # also where a group is all zeros
