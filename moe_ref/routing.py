@@ -44,8 +44,6 @@ class Routing:
     @property
     def counts(self) -> Int[Tensor, " n_experts"]:
         """Tokens each expert serves."""
-        if self.experts is self.asked:  # no capacity rule took any
-            return self.demand
         return count(self.experts, self.n_experts)
 
     @property

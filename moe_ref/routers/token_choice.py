@@ -97,12 +97,9 @@ class TopKRouter(LearnedRouter):
         experts = top_k(ranked, self.k)
         weights = scores.gather(-1, experts)
         if self.renormalize:
-            total = weights.sum(dim=-1, keepdim=True)
             # Sigmoids can all be 0 to float32; softmax scores can't.
-            weights = weights / (total if self.score == "softmax" else total.clamp(min=1e-20))
-        if self.scale != 1:
-            weights = weights * self.scale
-        return decide(experts, weights, logits, scores, mask)
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        return decide(experts, weights * self.scale, logits, scores, mask)
 
     def extra_repr(self) -> str:
         said = f"{super().extra_repr()}, score={self.score}"
