@@ -148,7 +148,8 @@ def top_k(scores: Float[Tensor, "tokens n_experts"], k: int) -> Int[Tensor, "tok
     """
     n_experts = scores.shape[-1]
     if n_experts <= SORTED or scores.dtype == torch.float64:  # which leaves no bits for the index
-        return scores.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
+        return order[:, :k].contiguous()  # a view would keep the order of all experts in memory
     bits = (scores.detach().float() + 0.0).view(torch.int32)  # + 0.0: no negative zero
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort the other way round
     falling = torch.arange(n_experts - 1, -1, -1, device=scores.device)
