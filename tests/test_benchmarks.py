@@ -35,3 +35,13 @@ def test_the_benchmark_of_offloading_prints_a_rate_for_each_policy_batch_and_sha
     assert len(rows) == 4 * 8
     assert sum(" | lfu, guessed | " in row for row in rows) == 4
     assert run.stdout.count("guessed right") == 4
+
+
+def test_the_benchmark_of_decode_prints_prefill_and_decode_beside_a_peer():
+    options = ["--model", "tiny-moe", "--dtype", "float32", "--peer", "eager", "--rounds", "1"]
+    command = [sys.executable, BENCHMARKS / "decode.py", "--batch", "2", "--prefill", "8", *options]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split(" | ")[:4] for line in run.stdout.splitlines() if "| tiny-moe" in line]
+    assert rows == [["| tiny-moe", "float32", *of] for of in (["prefill 8", "1"], ["decode", "2"])]
+    assert "geometric mean" in run.stdout
