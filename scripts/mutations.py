@@ -37,8 +37,8 @@ MUTATIONS = [
         "ties go to the higher expert",
         "02",
         "moe_ref/routing.py",
-        "torch.arange(n_experts - 1, -1, -1, device=scores.device)",
-        "torch.arange(n_experts, device=scores.device)",
+        "order = scores.detach().sort(",
+        "order = n_experts - 1 - scores.detach().flip(-1).sort(",
     ),
     Mutation(
         "Switch loss after capacity",
