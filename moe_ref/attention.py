@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .kernels.cpu import Linear
 from .kv_cache import KVCache, all_equal, check_cache, next_positions
-from .rotary import check_heads, rotary_angles, rotate, turns
+from .rotary import check_heads, cos_sin, rotary_angles, rotate
 
 
 class Attention(nn.Module):
@@ -174,7 +174,7 @@ def prepare(
     at = (at[:1] if alike else at).to(x.device)  # one row will do for all
     visible, windowed = _visible(at, real, bool(masked), config.windows, reach, cache is not None)
     angles = rotary_angles(at, config.head_features, config.rope_theta, config.yarn)[:, None]
-    cos, sin = turns(angles, 1.0 if config.yarn is None else config.yarn.amplitude)
+    cos, sin = cos_sin(angles, 1.0 if config.yarn is None else config.yarn.amplitude)
     return Step(cos.to(x.dtype), sin.to(x.dtype), visible, windowed, cache)
 
 

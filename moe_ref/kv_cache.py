@@ -101,10 +101,10 @@ class ContiguousCache:
             raise ValueError(f"the cache has room for length={self.length} tokens, not {longest}")
         stores = self.keys, self.values
         self._all = [store.narrow(-2, 0, max(longest, 1)) for store in stores]
-        # Of use, and within the store, if all sequences go on at the same position.
-        self._new = [store.narrow(-2, max(longest - seq, 0), min(seq, longest)) for store in stores]
         self._scattered: Int[Tensor, "3 new"] | None = None
-        if mask is not None or not all_equal(self.lengths):
+        if mask is None and all_equal(self.lengths):
+            self._new = [store.narrow(-2, longest - seq, seq) for store in stores]
+        else:
             mask = torch.ones(len(self.lengths), seq, dtype=torch.bool) if mask is None else mask
             rows, columns = mask.nonzero(as_tuple=True)
             at = next_positions(self.lengths, seq, mask)[rows, columns]

@@ -87,7 +87,7 @@ def rotary_angles(
     return positions.float()[..., None] * speeds
 
 
-def turns(
+def cos_sin(
     angles: Float[Tensor, "*rows seq half"], amplitude: float = 1.0
 ) -> tuple[Float[Tensor, "*rows seq features"], Float[Tensor, "*rows seq features"]]:
     """Cosines and sines as `rotate` takes them, for both features of each pair.
@@ -103,7 +103,7 @@ def rotate(
     cos: Float[Tensor, "#batch 1 seq features"],
     sin: Float[Tensor, "#batch 1 seq features"],
 ) -> Float[Tensor, "batch heads seq features"]:
-    """Turn feature i and feature i + half, as a pair, by angle i of the position; see `turns`."""
+    """Turn feature i and feature i + half, as a pair, by angle i of the position; see `cos_sin`."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # autocast makes x narrower than the model
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_ref import Transformer, TransformerConfig, attention
-from moe_ref.attention import Attention, attend, prepare, rotary_angles, rotate, turns
+from moe_ref.attention import Attention, attend, cos_sin, prepare, rotary_angles, rotate
 from moe_ref.kv_cache import ContiguousCache
 
 from .tools import assert_close
@@ -97,7 +97,7 @@ def test_rotated_products_depend_on_the_distance_alone(start, distance, seed):
 
     def product(at):
         angles = rotary_angles(torch.tensor([[at], [at + distance]]), 4, 10_000.0)[:, None]
-        (q_cos, k_cos), (q_sin, k_sin) = (turn.split(1) for turn in turns(angles))
+        (q_cos, k_cos), (q_sin, k_sin) = (turn.split(1) for turn in cos_sin(angles))
         return (rotate(q, q_cos, q_sin) * rotate(k, k_cos, k_sin)).sum()
 
     assert (product(start) - product(0)).abs() < 1e-3

@@ -63,7 +63,7 @@ def in_blocks(
     rows: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "rows outputs"]:
     """rows @ weight.T as a batch of products, each with its share of the outputs."""
-    rows, blocks = rows.contiguous(), weight.unflatten(0, (BLOCKS, -1))  # columns take four times
+    rows, blocks = rows.contiguous(), weight.unflatten(0, (BLOCKS, -1))  # MKL is slow with columns
     if are_few(rows):
         return torch.bmm(blocks, rows.T.expand(BLOCKS, -1, -1)).flatten(0, 1).T
     return torch.bmm(rows.expand(BLOCKS, -1, -1), blocks.mT).transpose(0, 1).flatten(1)
